@@ -1,0 +1,176 @@
+//! The checkpoint: what was published since the last one goes into the image's own tables, so that
+//! it outlives the live file and any qcow2 reader sees it.
+//!
+//! # Order
+//!
+//! 1. Room for the tables to be written is allocated; without it nothing is begun.
+//! 2. The published state is read, then the image is synced: the data of all that was read is on
+//!    the disk, since it was written before it was published.
+//! 3. Refcounts of clusters that are new, sync.
+//! 4. L2 entries, sync.
+//! 5. The number of checkpoints in the header.
+//!
+//! Nothing on disk ever refers to what may not be there: a cut between 3 and 4 leaves clusters with
+//! a refcount and no reference, leaks, which the next open gives back. An L2 entry lies within one
+//! sector and only gains bits. Whoever holds the lock on byte 402 of the image does this, for all
+//! processes; when it dies, the next one does it again from the same state.
+//!
+//! A failed sync means that the kernel may have dropped data that readers were promised: from then
+//! on nobody relies on the image, until it is opened anew.
+//!
+//! Used by `Engine` on close and by `keeper`.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use super::core::Core;
+use super::populate;
+use crate::error::Result;
+use crate::format::{HostOffset, L2Entry};
+use crate::image::Image;
+use crate::live::LiveFile;
+
+/// How long a closing process waits for another one's checkpoint.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
+const BLOCK: u64 = 4096;
+
+/// Writes a checkpoint if there is anything to write and nobody else is at it.
+pub fn write(core: &Core, patience: Duration) {
+    let Some(live) = core.active().filter(|live| core.populates() && live.is_dirty()) else {
+        return;
+    };
+    let result = match core.image.lock_checkpoint(patience) {
+        Ok(Some(_lock)) => Checkpoint::collect(live).write(core, live),
+        Ok(None) => Ok(()),
+        Err(err) => Err(err),
+    };
+    if let Err(err) = result {
+        core.store_failed(&format_args!("checkpoint failed: {err}"));
+    }
+}
+
+/// The checkpoint of a process that leaves.
+pub fn last(core: &Core) {
+    write(core, CLOSE_PATIENCE);
+}
+
+/// What a checkpoint is about to write.
+struct Checkpoint {
+    groups: Vec<u64>,
+    changes: Vec<Change>,
+}
+
+struct Change {
+    cluster: u64,
+    entry: L2Entry,
+    /// Whether the cluster gets its place on disk only now.
+    new_place: bool,
+}
+
+impl Checkpoint {
+    fn collect(live: &LiveFile) -> Self {
+        let mut checkpoint = Checkpoint { groups: Vec::new(), changes: Vec::new() };
+        for group in 0..live.group_count() {
+            let Some(clusters) = live.take_dirty(group) else { continue };
+            checkpoint.groups.push(clusters.start);
+            for cluster in clusters {
+                let Some(map_entry) = live.entry(cluster) else { continue };
+                let (bits, on_disk) = (map_entry.bits(), map_entry.on_disk());
+                if bits != on_disk {
+                    // A cluster with zeros alone has no use for its place yet.
+                    let host = map_entry.host().filter(|_| bits.data() != 0);
+                    let new_place = host.is_some() && on_disk.data() == 0;
+                    let entry = L2Entry { host, bits };
+                    checkpoint.changes.push(Change { cluster, entry, new_place });
+                }
+            }
+        }
+        checkpoint
+    }
+
+    fn write(&self, core: &Core, live: &LiveFile) -> Result<()> {
+        let written = self.write_tables(core, live);
+        match &written {
+            Ok(()) => {
+                core.counters().checkpoints.add(1);
+                populate::settle(core);
+            }
+            // Still to be done, by whoever comes next.
+            Err(_) => self.groups.iter().for_each(|cluster| live.mark_dirty(*cluster)),
+        }
+        written
+    }
+
+    fn write_tables(&self, core: &Core, live: &LiveFile) -> Result<()> {
+        let image = &core.image;
+        if self.changes.is_empty() {
+            return Ok(());
+        }
+        let entries = self.entry_runs();
+        let refcounts = self.refcount_runs(image);
+        let layout = image.layout();
+        for run in &entries {
+            let bytes = run.len() as u64 * L2Entry::SIZE as u64;
+            allocate_blocks(image, layout.l2_entry_offset(run[0].cluster), bytes)?;
+        }
+        for run in &refcounts {
+            let bytes = (run.end - run.start) * 2;
+            allocate_blocks(image, layout.refcount_offset(run.start), bytes)?;
+        }
+        let number = live.begin_checkpoint();
+        sync(core)?;
+        for run in &refcounts {
+            image.write_refcounts(run.start, run.end - run.start, 1)?;
+        }
+        if !refcounts.is_empty() {
+            sync(core)?;
+        }
+        for run in &entries {
+            let encoded: Vec<L2Entry> = run.iter().map(|change| change.entry).collect();
+            image.write_l2_entries(run[0].cluster, &encoded)?;
+        }
+        image.write_checkpoints(number)?;
+        sync(core)?;
+        for change in &self.changes {
+            if let Some(map_entry) = live.entry(change.cluster) {
+                map_entry.set_on_disk(change.entry.bits);
+            }
+        }
+        live.end_checkpoint(number);
+        Ok(())
+    }
+
+    /// The changes in runs of consecutive guest clusters.
+    fn entry_runs(&self) -> Vec<&[Change]> {
+        self.changes.chunk_by(|one, next| one.cluster + 1 == next.cluster).collect()
+    }
+
+    /// The clusters of the file that get a refcount, in runs.
+    fn refcount_runs(&self, image: &Image) -> Vec<Range<u64>> {
+        let bits = image.geometry().cluster_bits();
+        let mut clusters: Vec<u64> = self
+            .changes
+            .iter()
+            .filter(|change| change.new_place)
+            .filter_map(|change| change.entry.host)
+            .map(|host| host.0 >> bits)
+            .collect();
+        clusters.sort_unstable();
+        clusters
+            .chunk_by(|one, next| one + 1 == *next)
+            .filter_map(|run| Some(*run.first()?..*run.last()? + 1))
+            .collect()
+    }
+}
+
+/// Allocates the filesystem blocks under some bytes of the tables.
+fn allocate_blocks(image: &Image, at: HostOffset, len: u64) -> Result<()> {
+    let start = at.0 / BLOCK * BLOCK;
+    let end = (at.0 + len).next_multiple_of(BLOCK);
+    image.allocate(HostOffset(start), end - start)
+}
+
+fn sync(core: &Core) -> Result<()> {
+    core.image.sync().inspect_err(|err| core.fail(&err.to_string()))
+}
+

@@ -1,0 +1,186 @@
+//! Opening an image and joining those who use it, or making a live state where there is none.
+//!
+//! Under the join lock (byte 401) so that one does it at a time:
+//!
+//! 1. A live file that belongs to this boot and this image is joined. Whoever finds himself alone
+//!    with it gives back what dead processes had allocated and not used.
+//! 2. Otherwise, who is alone on the image makes a live state from its tables.
+//! 3. Otherwise others use a live file that is gone: nothing they do can be seen, so reads pass
+//!    through.
+//!
+//! Where a shared state cannot be had at all (a network filesystem, no permission to write) the
+//! tables of the image are read into a private one, which nobody changes.
+//!
+//! Used by `Engine::open`.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::Options;
+use super::core::Core;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{self, Access, Image, Scan, Use};
+use crate::live::{LiveFile, LiveIdentity, SlotGuard};
+
+/// How long to wait for another process that is joining.
+const JOIN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Opens an image. Only what makes the image itself useless is an error.
+pub fn join(path: &Path, options: &Options) -> Result<Core> {
+    let image = match Image::open(path, Access::ReadWrite) {
+        Err(err) if matches!(err.errno(), libc::EACCES | libc::EPERM | libc::EROFS) => {
+            let image = Image::open(path, Access::ReadOnly)?;
+            log::warn!("{err}; using what is cached without adding to it");
+            return Ok(read_only(image));
+        }
+        opened => opened?,
+    };
+    if let Err(err) = image.require_trusted() {
+        return Ok(pass_through(image, &err));
+    }
+    if image.is_remote() {
+        log::warn!(
+            "{}: on a network filesystem; using what is cached without adding to it",
+            image.path().display()
+        );
+        return Ok(read_only(image));
+    }
+    match join_live(&image) {
+        Ok(live) => {
+            let slot = SlotGuard::acquire(&live)
+                .inspect_err(|err| log::warn!("{err}; reading without adding to the cache"))
+                .ok();
+            Ok(Core::new(image, Some(live), slot, options.populate))
+        }
+        Err(err) => Ok(pass_through(image, &err)),
+    }
+}
+
+fn pass_through(image: Image, why: &Error) -> Core {
+    let core = Core::new(image, None, None, false);
+    core.bypass(&why.to_string());
+    core
+}
+
+fn read_only(image: Image) -> Core {
+    let made = image.require_trusted().and_then(|()| {
+        let identity = identity(&image)?;
+        let live = LiveFile::make_private(&image.live_path(), &identity)?;
+        restore(&live, &image, &sound_scan(&image)?)?;
+        Ok(live)
+    });
+    match made {
+        Ok(live) => Core::new(image, Some(live), None, false),
+        Err(err) => pass_through(image, &err),
+    }
+}
+
+fn identity(image: &Image) -> Result<LiveIdentity> {
+    LiveIdentity::of(image.file(), image.header().cache.uuid, *image.geometry())
+        .map_err(|err| Error::io("identify", image.path(), &err))
+}
+
+fn join_live(image: &Image) -> Result<LiveFile> {
+    let busy = |what: &str| Error::new(ErrorKind::Busy, what).on(image.path());
+    let Some(_lock) = image.lock_join(JOIN_PATIENCE)? else {
+        return Err(busy("another process has been opening the image for too long"));
+    };
+    let identity = identity(image)?;
+    let path = image.live_path();
+    let alone = image.lock_use(Use::Alone)?;
+    let found = LiveFile::open(&path, &identity, image.read_checkpoints()?, true)?
+        .filter(|live| !(alone && live.has_failed()));
+    let live = match found {
+        Some(live) => {
+            if alone {
+                reclaim(&live, image)?;
+            }
+            live
+        }
+        None if alone => make(image, &identity)?,
+        None => {
+            return Err(busy(
+                "its live file was deleted or replaced while the image is in use; \
+                 close all users and open it again",
+            ));
+        }
+    };
+    if !image.lock_use(Use::Shared)? {
+        return Err(busy("another program uses the image alone"));
+    }
+    Ok(live)
+}
+
+/// Makes a live state from the image's tables and gives it its name.
+fn make(image: &Image, identity: &LiveIdentity) -> Result<LiveFile> {
+    let scan = sound_scan(image)?;
+    if !scan.leaks.is_empty() {
+        log::info!(
+            "{}: giving {} leaked clusters back",
+            image.path().display(),
+            scan.leaked_clusters()
+        );
+        image::free_leaks(image, &scan)?;
+    }
+    let checkpoints = image.read_checkpoints()?;
+    let mut live = LiveFile::make(&image.live_path(), image.file(), identity, checkpoints)?;
+    restore(&live, image, &scan)?;
+    live.install()?;
+    Ok(live)
+}
+
+fn sound_scan(image: &Image) -> Result<Scan> {
+    let scan = Scan::read(image, |_, _| {})?;
+    match scan.findings.first() {
+        None => Ok(scan),
+        Some(first) => Err(Error::new(
+            ErrorKind::Damaged,
+            format!(
+                "{} contradictions in the image, the first: {first}; see 'vmcache check'",
+                scan.damages
+            ),
+        )
+        .on(image.path())),
+    }
+}
+
+/// Fills a live state that nobody else can see yet.
+fn restore(live: &LiveFile, image: &Image, scan: &Scan) -> Result<()> {
+    for (cluster, entry) in &scan.entries {
+        live.ensure(*cluster)
+            .map_err(|err| Error::io("allocate the live file", live.path(), &err))?;
+        if let Some(map_entry) = live.entry(*cluster) {
+            map_entry.restore(*entry);
+        }
+    }
+    set_space(live, image, scan.free_clusters(image), scan.end)
+}
+
+/// Gives back what was handed out and never used, and settles the account. Only alone.
+fn reclaim(live: &LiveFile, image: &Image) -> Result<()> {
+    let bits = image.geometry().cluster_bits();
+    let mut used: Vec<u64> = live
+        .known_clusters()
+        .filter_map(|cluster| live.entry(cluster)?.host())
+        .filter(|host| image.layout().is_data_cluster(*host))
+        .map(|host| host.0 >> bits)
+        .collect();
+    used.sort_unstable();
+    let end = used.last().map_or(image.layout().data, |last| last + 1);
+    let starts = std::iter::once(image.layout().data).chain(used.iter().map(|used| used + 1));
+    let free = starts.zip(used.iter().copied().chain([end])).flat_map(|(from, to)| from..to);
+    set_space(live, image, free, end)
+}
+
+fn set_space(
+    live: &LiveFile,
+    image: &Image,
+    free: impl Iterator<Item = u64>,
+    end: u64,
+) -> Result<()> {
+    let occupied =
+        image.occupied().map_err(|err| Error::io("examine", image.path(), &err))?;
+    let free_len = live.fill_free_list(free);
+    live.space().restore(end, image.layout().end, occupied, free_len);
+    Ok(())
+}

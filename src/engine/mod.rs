@@ -1,0 +1,184 @@
+//! The core as the outside sees it: one open cache image, asked for a plan of every read.
+//!
+//! ```text
+//!   plan(range) -> hits | zeros | fetches | waits | base      plan.rs
+//!   hit    the caller reads the image file at the place the plan names
+//!   fetch  the caller reads the base, answers its request, and hands the bytes to fill()
+//!   wait   somebody else is fetching: wait() says when to plan again     wait.rs
+//!   fill   a worker stores the bytes and publishes them       populate.rs
+//!   every few seconds and on close a checkpoint               checkpoint.rs, keeper.rs
+//! ```
+//!
+//! The engine never reads the base and knows nothing of QEMU: it can be driven by anything that
+//! has a base to read, as [`Reader`] does.
+//!
+//! Nothing here fails a read. Where the cache is of no use (full, broken, stale, lost), plans say
+//! "base" and one line of log says why.
+//!
+//! Used by `qemu` and the command line; uses `image`, `live`, `format`, `lock` and `error`.
+
+mod checkpoint;
+mod core;
+mod join;
+mod keeper;
+mod plan;
+mod pool;
+mod populate;
+mod reader;
+mod status;
+mod wait;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::Result;
+use crate::format::{ByteRange, Header};
+use crate::image::{BaseState, Image};
+use crate::live::slot::Counters;
+
+use self::core::Core;
+use keeper::Keeper;
+pub use plan::{Fetch, Part, Plan, Step, Ticket};
+use pool::Pool;
+use populate::Populator;
+pub use reader::{Base, Reader};
+pub use status::{CheckReport, ImageState, ProcessStats, Status, check};
+use wait::Waiter;
+
+/// How to open an engine.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Store what is fetched from the base.
+    pub populate: bool,
+    /// Bytes fetched and not stored yet that may wait in memory; more is not stored.
+    pub queue_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { populate: true, queue_bytes: 64 << 20 }
+    }
+}
+
+/// One open of a cache image. Shared by all threads that read through it.
+#[derive(Debug)]
+pub struct Engine {
+    core: Arc<Core>,
+    pool: Pool,
+    populator: Populator,
+    waiter: Waiter,
+    keeper: Keeper,
+}
+
+impl Engine {
+    /// Opens an image and joins those who use it. An error is an image that cannot be understood;
+    /// whatever else stands in the way of caching only makes this engine pass reads through.
+    pub fn open(path: &Path, options: &Options) -> Result<Self> {
+        let core = Arc::new(join::join(path, options)?);
+        Ok(Engine {
+            pool: Pool::default(),
+            populator: Populator::new(Arc::clone(&core), options.queue_bytes),
+            waiter: Waiter::new(Arc::clone(&core)),
+            keeper: Keeper::start(Arc::clone(&core)),
+            core,
+        })
+    }
+
+    /// The image's header.
+    pub fn header(&self) -> &Header {
+        self.core.image.header()
+    }
+
+    /// The image, whose file the caller reads hits from.
+    pub fn image(&self) -> &Image {
+        &self.core.image
+    }
+
+    /// This open's counters, for what the caller alone knows.
+    pub fn counters(&self) -> &Counters {
+        self.core.counters()
+    }
+
+    /// Stops using the cache for good, with the reason for the log.
+    pub fn bypass(&self, reason: &str) {
+        self.core.bypass(reason);
+    }
+
+    /// Whether the cache is in use; otherwise every plan says "base".
+    pub fn is_active(&self) -> bool {
+        self.core.active().is_some()
+    }
+
+    /// Holds what can be seen of the base against what it was when the cache was made.
+    pub fn check_base(&self, size: u64) -> BaseState {
+        match BaseState::of_size(self.header(), size) {
+            BaseState::Same => BaseState::of(self.header(), self.core.image.path()),
+            other => other,
+        }
+    }
+
+    /// Plans a read of a range within the disk. Claims what nobody has and nobody is fetching.
+    pub fn plan(&self, range: ByteRange) -> Plan {
+        plan::plan(&self.core, range)
+    }
+
+    /// The state of the bytes from the start of `range` on, and how many of them share it.
+    pub fn status_of(&self, range: ByteRange) -> (plan::Presence, u64) {
+        plan::presence(&self.core, range)
+    }
+
+    /// Takes what was read from the base for a fetch: the whole of [`Fetch::range`]. Never blocks;
+    /// where there is no room the bytes are not stored.
+    pub fn fill(&self, fetch: Fetch, data: Vec<u8>, took: Duration) {
+        self.core.note_latency(took);
+        let counters = self.core.counters();
+        counters.base_reads.add(1);
+        counters.base_bytes.add(data.len() as u64);
+        self.populator.push(fetch, data);
+    }
+
+    /// Calls `wake` when it is time to plan again what a ticket stands for, from another thread.
+    /// `false`, and no call, where that is now.
+    pub fn wait(&self, ticket: Ticket, wake: impl FnOnce() + Send + 'static) -> bool {
+        match ticket.0 {
+            plan::Waiting::Claim { cluster, subcluster } => {
+                self.waiter.wait(cluster, subcluster, Box::new(wake))
+            }
+            plan::Waiting::Group { cluster } => {
+                let core = Arc::clone(&self.core);
+                self.pool.run(Box::new(move || {
+                    core.ensure(cluster);
+                    wake();
+                }));
+                true
+            }
+        }
+    }
+
+    /// Runs something that may block in a thread of its own.
+    pub fn run_blocking(&self, job: impl FnOnce() + Send + 'static) {
+        self.pool.run(Box::new(job));
+    }
+
+    /// Notes that the image file could not be read: from now on the base answers.
+    pub fn hit_failed(&self, err: &std::io::Error) {
+        self.core.fail(&format!("could not read cached data: {err}"));
+    }
+
+    /// Stores what is queued, writes a last checkpoint and leaves. Further plans say "base".
+    pub fn close(&self) {
+        let started = Instant::now();
+        self.keeper.stop();
+        self.populator.stop();
+        self.waiter.stop();
+        checkpoint::last(&self.core);
+        log::debug!("{}: closed in {:?}", self.core.image.path().display(), started.elapsed());
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

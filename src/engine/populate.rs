@@ -1,0 +1,288 @@
+//! Storing what was fetched: one thread per engine behind a queue of bounded memory. It finds a
+//! place, takes the bytes out of the quota, writes the data into the image and publishes it; the
+//! claims go with the fetch when it is dropped, after publishing.
+//!
+//! A request never waits for this: where the queue is full or storing fails, the bytes are counted
+//! as dropped and the next reader fetches them again.
+//!
+//! Used by `Engine`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+use parking_lot::Mutex;
+
+use super::core::Core;
+use super::plan::Fetch;
+use super::pool;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{HostOffset, SUBCLUSTERS, SubclusterBits};
+use crate::image::Image;
+use crate::live::slot::{SLOTS, Slot};
+use crate::live::{LiveFile, MapEntry};
+
+const STACK: usize = 256 << 10;
+/// Bytes of tables that the first data in a group of clusters adds: a block of L2 entries and,
+/// seldom, one of refcounts.
+const GROUP_TABLES: u64 = 4096;
+
+/// The queue and the thread behind it.
+#[derive(Debug)]
+pub struct Populator {
+    core: Arc<Core>,
+    limit: u64,
+    queued: Arc<AtomicU64>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queue: Option<Sender<(Fetch, Vec<u8>)>>,
+    thread: Option<JoinHandle<()>>,
+    stopped: bool,
+}
+
+impl Populator {
+    pub fn new(core: Arc<Core>, limit: u64) -> Self {
+        Populator { core, limit, queued: Arc::default(), state: Mutex::default() }
+    }
+
+    /// Queues bytes to be stored, or drops them.
+    pub fn push(&self, fetch: Fetch, data: Vec<u8>) {
+        let bytes = data.len() as u64;
+        let before = self.queued.fetch_add(bytes, Ordering::Relaxed);
+        let queue = if before + bytes <= self.limit { self.queue() } else { None };
+        if queue.is_none_or(|queue| queue.send((fetch, data)).is_err()) {
+            self.queued.fetch_sub(bytes, Ordering::Relaxed);
+            self.core.counters().dropped_bytes.add(bytes);
+        }
+    }
+
+    fn queue(&self) -> Option<Sender<(Fetch, Vec<u8>)>> {
+        let mut state = self.state.lock();
+        if state.queue.is_none() && !state.stopped {
+            let (sender, receiver) = unbounded();
+            let (core, queued) = (Arc::clone(&self.core), Arc::clone(&self.queued));
+            state.thread = pool::start("vmcache-fill", STACK, move || run(&core, &receiver, &queued));
+            state.queue = state.thread.is_some().then_some(sender);
+        }
+        state.queue.clone()
+    }
+
+    /// Stores what is queued and ends the thread.
+    pub fn stop(&self) {
+        let thread = {
+            let mut state = self.state.lock();
+            state.stopped = true;
+            state.queue = None;
+            state.thread.take()
+        };
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the populating thread panicked");
+        }
+    }
+}
+
+fn run(core: &Core, queue: &Receiver<(Fetch, Vec<u8>)>, queued: &AtomicU64) {
+    for (fetch, mut data) in queue {
+        let bytes = data.len() as u64;
+        let stored = store(core, &fetch, &mut data).unwrap_or_else(|err| {
+            core.store_failed(&err);
+            0
+        });
+        let counters = core.counters();
+        counters.populated_bytes.add(stored);
+        counters.dropped_bytes.add(bytes.saturating_sub(stored));
+        // Claims first, so that waiters do not wait for the accounts.
+        drop(fetch);
+        drop(data);
+        queued.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Stores the bytes of a fetch; returns how many of them the cache holds afterwards.
+fn store(core: &Core, fetch: &Fetch, data: &mut Vec<u8>) -> Result<u64> {
+    let Some(live) = core.active() else { return Ok(0) };
+    let Some(slot) = core.slot() else { return Ok(0) };
+    let store = Store { core, live, slot, image: &core.image };
+    let subcluster_size = core.image.geometry().subcluster_size();
+    let length = data.len() as u64;
+    let (first, count) = fetch.subclusters();
+    // Beyond the end of the disk there is nothing, which a subcluster stores as zeros.
+    data.resize((count * subcluster_size) as usize, 0);
+
+    let mut stored = 0;
+    let mut rest = data.as_slice();
+    let mut at = first;
+    while at < first + count {
+        let cluster = at / u64::from(SUBCLUSTERS);
+        let start = (at % u64::from(SUBCLUSTERS)) as u32;
+        let len = (first + count - at).min(u64::from(SUBCLUSTERS - start));
+        let (here, after) = rest.split_at((len * subcluster_size) as usize);
+        stored += store.store_cluster(cluster, start, here)? * subcluster_size;
+        rest = after;
+        at += len;
+    }
+    Ok(stored.min(length))
+}
+
+struct Store<'a> {
+    core: &'a Core,
+    live: &'a LiveFile,
+    slot: &'a Slot,
+    image: &'a Image,
+}
+
+impl Store<'_> {
+    /// Stores subclusters of one cluster from `start` on; returns how many are there afterwards.
+    fn store_cluster(&self, cluster: u64, start: u32, data: &[u8]) -> Result<u64> {
+        let size = self.image.geometry().subcluster_size() as usize;
+        let Some(entry) = self.live.entry(cluster) else { return Ok(0) };
+        let (mut full, mut zero) = (0u32, 0u32);
+        for (index, bytes) in (start..).zip(data.chunks_exact(size)) {
+            *if is_zero(bytes) { &mut zero } else { &mut full } |= 1 << index;
+        }
+        let given = full | zero;
+        let present = entry.bits().present();
+        entry.publish(SubclusterBits::new(0, zero & !present));
+        full &= !present;
+        let written = if full == 0 { Ok(()) } else { self.write(cluster, entry, start, full, data) };
+        // Also after an error: zeros may have been published.
+        self.live.mark_dirty(cluster);
+        written?;
+        Ok(u64::from((entry.bits().present() & given).count_ones()))
+    }
+
+    /// Writes and publishes data subclusters (a mask), as many as the quota allows.
+    fn write(
+        &self,
+        cluster: u64,
+        entry: &MapEntry,
+        start: u32,
+        wanted: u32,
+        data: &[u8],
+    ) -> Result<()> {
+        let Some((mask, reserved)) = self.reserve(entry, wanted)? else { return Ok(()) };
+        let written = self.place(entry).and_then(|host| {
+            let size = self.image.geometry().subcluster_size();
+            let mut left = mask;
+            while left != 0 {
+                let first = left.trailing_zeros();
+                let len = (!(left >> first)).trailing_zeros();
+                let from = (u64::from(first - start) * size) as usize;
+                let bytes = data.get(from..from + (u64::from(len) * size) as usize);
+                self.image.write(
+                    bytes.unwrap_or_default(),
+                    HostOffset(host.0 + u64::from(first) * size),
+                )?;
+                left &= !(u32::MAX >> (u32::BITS - len) << first);
+            }
+            entry.publish(SubclusterBits::new(mask, 0));
+            Ok(())
+        });
+        // After an error the bytes stay taken, though not all were written, until they are settled.
+        self.slot.end_write(reserved);
+        log::trace!("stored {mask:#010x} of cluster {cluster}");
+        written
+    }
+
+    /// The place of a cluster, found now if it has none.
+    fn place(&self, entry: &MapEntry) -> Result<HostOffset> {
+        let layout = self.image.layout();
+        if let Some(host) = entry.host() {
+            return if layout.is_data_cluster(host) { Ok(host) } else { Err(no_place()) };
+        }
+        let spare = self.core.spare.lock().pop();
+        let number = spare
+            .or_else(|| self.live.space().take_cluster(self.live.free_list()))
+            .ok_or_else(no_place)?;
+        let host = layout.offset(number);
+        if !layout.is_data_cluster(host) {
+            return Err(no_place());
+        }
+        entry.place(host).map(|()| host).or_else(|other| {
+            self.core.spare.lock().push(number);
+            Ok(other)
+        })
+    }
+
+    /// Takes the bytes of subclusters out of the quota. Gives those that fit, and what was taken;
+    /// the caller owes [`Slot::end_write`]. `None` where nothing fits.
+    fn reserve(&self, entry: &MapEntry, wanted: u32) -> Result<Option<(u32, u64)>> {
+        let Some(quota) = self.image.header().cache.quota else {
+            return Ok(Some((wanted, 0)));
+        };
+        let space = self.live.space();
+        let failed = |err| Error::io("examine", self.image.path(), &err);
+        let unit = self.image.allocation_unit().map_err(failed)?;
+        let grain = self.image.geometry().subcluster_size().max(unit);
+        let per_grain = (grain >> self.image.geometry().subcluster_bits()).min(32) as u32;
+        let grains: Vec<u32> = (0..32 / per_grain)
+            .map(|index| (u32::MAX >> (32 - per_grain)) << (index * per_grain) & wanted)
+            .filter(|mask| *mask != 0)
+            .collect();
+        // The filesystem's own tables count as well: some bytes for each run.
+        let overhead = 64 + if entry.host().is_none() { GROUP_TABLES } else { 0 };
+        let bytes = grains.len() as u64 * grain;
+        let limit = quota.saturating_sub(slack(quota));
+        // Announced before it is taken, so that whoever settles meanwhile sees it.
+        self.slot.begin_write(overhead + bytes);
+        let mut got = space.reserve(overhead, bytes, grain, limit);
+        if got != Some(overhead + bytes) {
+            if let Some(partly) = got {
+                space.give_back(partly);
+            }
+            settle(self.core);
+            got = space.reserve(overhead, bytes, grain, limit);
+        }
+        let got_bytes = got.unwrap_or(0);
+        self.slot.end_write(overhead + bytes - got_bytes);
+        if got != Some(overhead + bytes) && !space.set_full(true) {
+            log::warn!(
+                "{}: the quota of {quota} bytes is reached; the rest is read from the base",
+                self.image.path().display()
+            );
+        }
+        let fits = got_bytes.saturating_sub(overhead) / grain;
+        let mask = grains.iter().take(fits as usize).fold(0, |mask, grain| mask | grain);
+        Ok((mask != 0).then_some((mask, got_bytes)))
+    }
+}
+
+/// What is kept free below the quota for tables of the filesystem that show late.
+fn slack(quota: u64) -> u64 {
+    (quota / 256).max(64 << 10)
+}
+
+/// Puts the account of used bytes right from what the file occupies.
+pub fn settle(core: &Core) {
+    let Some(live) = core.active() else { return };
+    live.space().settle(|| {
+        // In this order: a write that ends in between is counted twice, never not at all.
+        let in_flight = (0..SLOTS)
+            .map(|index| (index, live.slot(index).in_flight()))
+            .filter(|(index, bytes)| *bytes != 0 && core.is_slot_held(*index))
+            .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(bytes));
+        let occupied = core.image.occupied().ok()?;
+        Some(occupied.saturating_add(in_flight) + live.dirty_groups() * GROUP_TABLES)
+    });
+}
+
+fn no_place() -> Error {
+    Error::new(ErrorKind::Full, "the image has no cluster left")
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<16>();
+    words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|byte| *byte == 0)
+}
+
+/// Whether the quota leaves no room for even one more subcluster.
+pub fn is_used_up(image: &Image, used: u64) -> bool {
+    image.header().cache.quota.is_some_and(|quota| {
+        let least = image.geometry().subcluster_size().max(4096) + GROUP_TABLES;
+        used + least > quota.saturating_sub(slack(quota))
+    })
+}

@@ -1,0 +1,252 @@
+//! Looking at an image from outside, while it is in use or not: what `vmcache info`, `stats` and
+//! `check` show. Takes no slot, and no lock that would hold anybody up.
+//!
+//! Used by the command line.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::populate::is_used_up;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Header;
+use crate::image::{self, Access, BaseState, Image, Scan, Use};
+use crate::live::slot::{Counters, SLOTS, is_held};
+use crate::live::{LiveFile, LiveIdentity};
+
+/// How long a check waits for a checkpoint that is being written.
+const CHECK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What an image is good for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageState {
+    /// Nothing is cached yet.
+    Empty,
+    /// Something is cached and there is room for more.
+    Filling,
+    /// The quota is reached.
+    Full,
+    /// The base is not what the cache was made from.
+    Stale,
+    /// The image contradicts itself or something else has written to it.
+    Damaged,
+}
+
+impl ImageState {
+    /// The state's name in `vmcache info`.
+    pub fn name(self) -> &'static str {
+        match self {
+            ImageState::Empty => "empty",
+            ImageState::Filling => "filling",
+            ImageState::Full => "full",
+            ImageState::Stale => "stale",
+            ImageState::Damaged => "damaged",
+        }
+    }
+}
+
+/// One process that has the image open.
+#[derive(Clone, Debug)]
+pub struct ProcessStats {
+    /// Its process id, in its own pid namespace.
+    pub pid: u32,
+    /// What it, and those before it in the same slot, did; in the order of [`COUNTERS`].
+    pub counters: [u64; COUNTERS.len()],
+}
+
+/// Names of the counters, as `vmcache stats` prints them.
+pub const COUNTERS: [&str; 11] = [
+    "reads",
+    "hit-bytes",
+    "zero-bytes",
+    "miss-bytes",
+    "waited-bytes",
+    "base-reads",
+    "base-bytes",
+    "populated-bytes",
+    "dropped-bytes",
+    "populate-errors",
+    "checkpoints",
+];
+
+/// An image as it is now.
+#[derive(Debug)]
+pub struct Status {
+    /// Its header.
+    pub header: Header,
+    /// What it is good for.
+    pub state: ImageState,
+    /// Why, where that is not plain.
+    pub reason: Option<String>,
+    /// Guest bytes that the cache holds as data.
+    pub cached_bytes: u64,
+    /// Guest bytes that the cache knows to be zero.
+    pub zero_bytes: u64,
+    /// Bytes that the file occupies.
+    pub actual_size: u64,
+    /// Who has it open.
+    pub processes: Vec<ProcessStats>,
+    /// Sums since the live state was made, in the order of [`COUNTERS`].
+    pub totals: [u64; COUNTERS.len()],
+}
+
+impl Status {
+    /// Looks at an image.
+    pub fn read(path: &Path) -> Result<Self> {
+        let image = Image::open(path, Access::ReadOnly)?;
+        let header = image.header().clone();
+        let live = open_live(&image)?;
+        let actual_size =
+            image.occupied().map_err(|err| Error::io("examine", image.path(), &err))?;
+        let mut status = Status {
+            header,
+            state: ImageState::Filling,
+            reason: None,
+            cached_bytes: 0,
+            zero_bytes: 0,
+            actual_size,
+            processes: Vec::new(),
+            totals: [0; COUNTERS.len()],
+        };
+        if let Err(err) = image.require_trusted() {
+            return Ok(status.with_state(ImageState::Damaged, Some(err.to_string())));
+        }
+        let (damage, full) = match &live {
+            Some(live) => {
+                status.read_live(live);
+                status.read_slots(live);
+                (None, live.space().is_full())
+            }
+            None => {
+                let scan = Scan::read(&image, |_, _| {})?;
+                for entry in scan.entries.values() {
+                    status.add(entry.bits.data(), entry.bits.zero());
+                }
+                (scan.findings.into_iter().next(), false)
+            }
+        };
+        let empty = status.cached_bytes + status.zero_bytes == 0;
+        Ok(match (damage, BaseState::of(&status.header, image.path())) {
+            (Some(damage), _) => status.with_state(ImageState::Damaged, Some(damage)),
+            (_, BaseState::Changed(how)) => status.with_state(ImageState::Stale, Some(how)),
+            _ if full || is_used_up(&image, actual_size) => {
+                status.with_state(ImageState::Full, None)
+            }
+            _ if empty => status.with_state(ImageState::Empty, None),
+            _ => status,
+        })
+    }
+
+    fn with_state(self, state: ImageState, reason: Option<String>) -> Self {
+        Status { state, reason, ..self }
+    }
+
+    fn add(&mut self, data: u32, zero: u32) {
+        let size = self.header.geometry.subcluster_size();
+        self.cached_bytes += u64::from(data.count_ones()) * size;
+        self.zero_bytes += u64::from(zero.count_ones()) * size;
+    }
+
+    fn read_live(&mut self, live: &LiveFile) {
+        for entry in live.known_clusters().filter_map(|cluster| live.entry(cluster)) {
+            let bits = entry.bits();
+            self.add(bits.data(), bits.zero());
+        }
+    }
+
+    fn read_slots(&mut self, live: &LiveFile) {
+        for index in 0..SLOTS {
+            let slot = live.slot(index);
+            if slot.generation() == 0 {
+                continue;
+            }
+            let counters = values(&slot.counters);
+            for (total, value) in self.totals.iter_mut().zip(counters) {
+                *total += value;
+            }
+            if is_held(live.file(), index) {
+                self.processes.push(ProcessStats { pid: slot.pid(), counters });
+            }
+        }
+    }
+}
+
+fn values(counters: &Counters) -> [u64; COUNTERS.len()] {
+    [
+        counters.reads.get(),
+        counters.hit_bytes.get(),
+        counters.zero_bytes.get(),
+        counters.miss_bytes.get(),
+        counters.waited_bytes.get(),
+        counters.base_reads.get(),
+        counters.base_bytes.get(),
+        counters.populated_bytes.get(),
+        counters.dropped_bytes.get(),
+        counters.populate_errors.get(),
+        counters.checkpoints.get(),
+    ]
+}
+
+/// The live state of an image, if there is a current one.
+fn open_live(image: &Image) -> Result<Option<LiveFile>> {
+    let identity = LiveIdentity::of(image.file(), image.header().cache.uuid, *image.geometry())
+        .map_err(|err| Error::io("identify", image.path(), &err))?;
+    let live =
+        LiveFile::open(&image.live_path(), &identity, image.read_checkpoints()?, false)?;
+    Ok(live.filter(|live| !live.has_failed()))
+}
+
+/// What checking an image found.
+#[derive(Debug)]
+pub struct CheckReport {
+    /// The contradictions and leaks, and what is cached.
+    pub scan: Scan,
+    /// Whether the base still is what the cache was made from.
+    pub base: BaseState,
+    /// Whether what was found has been put right.
+    pub repaired: bool,
+}
+
+/// Checks all tables of an image, and puts them right where `repair` says so; that only where
+/// nobody uses it. `progress` hears of bytes of tables read and in all.
+pub fn check(
+    path: &Path,
+    repair: bool,
+    progress: impl FnMut(u64, u64),
+) -> Result<CheckReport> {
+    let image = match Image::open(path, Access::ReadWrite) {
+        Err(err) if !repair && err.kind() == ErrorKind::Io => {
+            Image::open(path, Access::ReadOnly).map(|image| (image, false))
+        }
+        opened => opened.map(|image| (image, true)),
+    };
+    let (image, writable) = image?;
+    image.require_trusted()?;
+    let busy = |what: &str| Error::new(ErrorKind::Busy, what).on(image.path());
+    let lock = if writable { image.lock_checkpoint(CHECK_PATIENCE)? } else { None };
+    if writable && lock.is_none() {
+        return Err(busy("a checkpoint is being written for too long; try again"));
+    }
+    let base = BaseState::of(image.header(), image.path());
+    if !repair {
+        let scan = Scan::read(&image, progress)?;
+        return Ok(CheckReport { scan, base, repaired: false });
+    }
+    let _join = image
+        .lock_join(CHECK_PATIENCE)?
+        .ok_or_else(|| busy("another process is opening the image; try again"))?;
+    if !image.lock_use(Use::Alone)? {
+        return Err(busy("in use; an image is repaired only when no process has it open"));
+    }
+    let scan = Scan::read(&image, progress)?;
+    let wrong = scan.damages != 0 || !scan.leaks.is_empty();
+    if wrong {
+        // The live state was made from the damaged tables.
+        match std::fs::remove_file(image.live_path()) {
+            Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &image.live_path(), &err));
+            }
+            _ => image::repair(&image, &scan)?,
+        }
+    }
+    Ok(CheckReport { scan, base, repaired: wrong })
+}

@@ -1,0 +1,317 @@
+//! An open image file: its header, its locks, and every write that happens to it after creation.
+//!
+//! # Locks
+//!
+//! All are open-file-description locks on single bytes of the image file:
+//!
+//! | byte | kind | held by | says |
+//! |---|---|---|---|
+//! | 100 | shared | every user | QEMU's "consistent read" permission (`block/file-posix.c`) |
+//! | 201, 203 | shared | every user | QEMU's "nobody else may write", "... resize" |
+//! | 400 | shared | every user of the live state | the live state has users |
+//! | 400 | exclusive | who makes a new live state | it has none |
+//! | 401 | exclusive | who joins or makes a live state | one at a time |
+//! | 402 | exclusive | who writes a checkpoint | one at a time |
+//!
+//! The first two rows are what a QEMU takes that opens the file for reading as qcow2: a stock QEMU
+//! that opens the image for writing is refused while vmcache uses it, and the other way round;
+//! readers get along.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Geometry, HEADER_MAX, Header, HostOffset, L2Entry, Layout};
+use crate::lock::{LockKind, is_held_against, lock_within, try_lock};
+
+const QEMU_PERM_BASE: u64 = 100;
+const QEMU_SHARED_BASE: u64 = 200;
+const PERM_CONSISTENT_READ: u64 = 0;
+const PERM_WRITE: u64 = 1;
+const PERM_RESIZE: u64 = 3;
+const USE_BYTE: u64 = 400;
+const JOIN_BYTE: u64 = 401;
+const CHECKPOINT_BYTE: u64 = 402;
+
+/// What an image file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading alone.
+    ReadOnly,
+    /// Reading and populating.
+    ReadWrite,
+}
+
+/// How a live state is used, on lock byte 400.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// With any number of others.
+    Shared,
+    /// Alone, to make a new one or to repair the image.
+    Alone,
+}
+
+/// An open cache image.
+#[derive(Debug)]
+pub struct Image {
+    path: PathBuf,
+    file: File,
+    header: Header,
+    layout: Layout,
+}
+
+impl Image {
+    /// Opens and validates an image and takes the locks that keep writers other than vmcache out.
+    pub fn open(path: &Path, access: Access) -> Result<Self> {
+        // The real name, so that one image has one live file whatever symlink leads to it.
+        let path = path.canonicalize().map_err(|err| Error::io("open", path, &err))?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(access == Access::ReadWrite)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
+            .open(&path)
+            .map_err(|err| Error::io("open", &path, &err))?;
+        let meta = file.metadata().map_err(|err| Error::io("examine", &path, &err))?;
+        if !meta.is_file() {
+            return Err(Error::new(ErrorKind::NotACache, "not a regular file").on(&path));
+        }
+        lock_as_qemu_reader(&file, &path)?;
+        let mut bytes = vec![0; HEADER_MAX.min(meta.len() as usize)];
+        file.read_exact_at(&mut bytes, 0).map_err(|err| Error::io("read", &path, &err))?;
+        let header = Header::decode(&bytes, meta.len()).map_err(|err| err.on(&path))?;
+        let layout = Layout::new(&header.geometry);
+        Ok(Image { path, file, header, layout })
+    }
+
+    /// The image file's real name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the live state of this image is kept.
+    pub fn live_path(&self) -> PathBuf {
+        let mut name = self.path.as_os_str().to_owned();
+        name.push(".live");
+        name.into()
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The header, as it was when the image was opened.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Virtual size and cluster size.
+    pub fn geometry(&self) -> &Geometry {
+        &self.header.geometry
+    }
+
+    /// Where everything stands in the file.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Refuses an image that something else has written to.
+    pub fn require_trusted(&self) -> Result<()> {
+        if self.header.trusted {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Foreign,
+            "something other than vmcache has written to this image, nothing in it is trusted; \
+             make a new one with 'vmcache create --force'",
+        )
+        .on(&self.path))
+    }
+
+    /// Bytes that the file occupies on its filesystem.
+    pub fn occupied(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    /// The unit in which the filesystem allocates, at least 4 KiB.
+    pub fn allocation_unit(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blksize().clamp(4096, 65536))
+    }
+
+    /// The number of checkpoints that the header on disk shows now.
+    pub fn read_checkpoints(&self) -> Result<u64> {
+        let mut bytes = [0; 8];
+        self.read(&mut bytes, self.header.checkpoints_offset())?;
+        Ok(u64::from_be_bytes(bytes))
+    }
+
+    /// Whether the file is on a filesystem that other machines may write to, where neither the
+    /// locks nor shared memory can be relied upon.
+    pub fn is_remote(&self) -> bool {
+        is_remote(&self.file)
+    }
+
+    /// Reads `buf.len()` bytes; a shorter file is an error.
+    pub fn read(&self, buf: &mut [u8], at: HostOffset) -> Result<()> {
+        self.file.read_exact_at(buf, at.0).map_err(|err| {
+            Error::io(&format!("read {} bytes at {:#x} of", buf.len(), at.0), &self.path, &err)
+        })
+    }
+
+    /// Writes bytes of data or tables.
+    pub fn write(&self, buf: &[u8], at: HostOffset) -> Result<()> {
+        self.file.write_all_at(buf, at.0).map_err(|err| {
+            Error::io(&format!("write {} bytes at {:#x} of", buf.len(), at.0), &self.path, &err)
+        })
+    }
+
+    /// Waits until everything written is on the disk.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|err| Error::io("sync", &self.path, &err))
+    }
+
+    /// Makes sure that writing to a range of the tables cannot fail for want of space.
+    pub fn allocate(&self, at: HostOffset, len: u64) -> Result<()> {
+        match fallocate(
+            &self.file,
+            FallocateFlags::FALLOC_FL_KEEP_SIZE,
+            at.0 as libc::off_t,
+            len as libc::off_t,
+        ) {
+            // A filesystem that cannot promise has to be tried.
+            Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => Ok(()),
+            Err(errno) => Err(Error::io("allocate tables in", &self.path, &errno.into())),
+        }
+    }
+
+    /// Sets the refcount of `count` clusters of the file from `first` on.
+    pub fn write_refcounts(&self, first: u64, count: u64, value: u16) -> Result<()> {
+        self.write(&value.to_be_bytes().repeat(count as usize), self.layout.refcount_offset(first))
+    }
+
+    /// Writes the L2 entries of consecutive guest clusters.
+    pub fn write_l2_entries(&self, first: u64, entries: &[L2Entry]) -> Result<()> {
+        let bytes: Vec<u8> = entries.iter().flat_map(L2Entry::encode).collect();
+        self.write(&bytes, self.layout.l2_entry_offset(first))
+    }
+
+    /// Writes the refcount table and the L1 table as they have to be.
+    pub fn write_fixed_tables(&self) -> Result<()> {
+        let layout = &self.layout;
+        self.write(&layout.encode_refcount_table(), layout.refcount_table_offset())?;
+        self.write(&layout.encode_l1_table(), layout.offset(layout.l1_table))
+    }
+
+    /// Notes the number of checkpoints in the header.
+    pub fn write_checkpoints(&self, number: u64) -> Result<()> {
+        self.write(&number.to_be_bytes(), self.header.checkpoints_offset())
+    }
+
+    /// Announces the use of the live state (lock byte 400); `false` where others are in the way.
+    pub fn lock_use(&self, how: Use) -> Result<bool> {
+        let kind = match how {
+            Use::Shared => LockKind::Shared,
+            Use::Alone => LockKind::Exclusive,
+        };
+        try_lock(&self.file, USE_BYTE, kind).map_err(|err| self.lock_error(&err))
+    }
+
+    /// Whether any process uses the live state; for processes that do not.
+    pub fn is_used(&self) -> Result<bool> {
+        is_held_against(&self.file, USE_BYTE, LockKind::Exclusive)
+            .map_err(|err| self.lock_error(&err))
+    }
+
+    /// Enters the section in which live states are joined and made; ends when the guard drops.
+    pub fn lock_join(&self, patience: Duration) -> Result<Option<ByteLock<'_>>> {
+        self.lock_byte(JOIN_BYTE, patience)
+    }
+
+    /// Becomes the one process that writes a checkpoint; ends when the guard drops.
+    pub fn lock_checkpoint(&self, patience: Duration) -> Result<Option<ByteLock<'_>>> {
+        self.lock_byte(CHECKPOINT_BYTE, patience)
+    }
+
+    fn lock_byte(&self, byte: u64, patience: Duration) -> Result<Option<ByteLock<'_>>> {
+        lock_within(&self.file, byte, LockKind::Exclusive, patience)
+            .map(|locked| locked.then_some(ByteLock { file: &self.file, byte }))
+            .map_err(|err| self.lock_error(&err))
+    }
+
+    fn lock_error(&self, err: &io::Error) -> Error {
+        Error::io("lock", &self.path, err)
+    }
+}
+
+/// An exclusive lock on one byte, dropped with this value.
+#[derive(Debug)]
+pub struct ByteLock<'a> {
+    file: &'a File,
+    byte: u64,
+}
+
+impl Drop for ByteLock<'_> {
+    fn drop(&mut self) {
+        if let Err(err) = try_lock(self.file, self.byte, LockKind::Unlocked) {
+            log::warn!("could not unlock byte {} of the image: {err}", self.byte);
+        }
+    }
+}
+
+/// Takes QEMU's locks of a reader and holds the others' against them, as `raw_check_lock_bytes` in
+/// `block/file-posix.c` does.
+fn lock_as_qemu_reader(file: &File, path: &Path) -> Result<()> {
+    let io_error = |err| Error::io("lock", path, &err);
+    let wanted = [
+        QEMU_PERM_BASE + PERM_CONSISTENT_READ,
+        QEMU_SHARED_BASE + PERM_WRITE,
+        QEMU_SHARED_BASE + PERM_RESIZE,
+    ];
+    for byte in wanted {
+        // Nobody takes these bytes exclusively for longer than a probe.
+        if !lock_within(file, byte, LockKind::Shared, Duration::from_millis(100)).map_err(io_error)?
+        {
+            return Err(Error::new(ErrorKind::Busy, "locked by another program").on(path));
+        }
+    }
+    let against = [
+        (QEMU_PERM_BASE + PERM_WRITE, "is open for writing in another program"),
+        (QEMU_PERM_BASE + PERM_RESIZE, "is being resized by another program"),
+        (QEMU_SHARED_BASE + PERM_CONSISTENT_READ, "is in exclusive use by another program"),
+    ];
+    for (byte, what) in against {
+        if is_held_against(file, byte, LockKind::Exclusive).map_err(io_error)? {
+            return Err(Error::new(ErrorKind::Busy, what).on(path));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file lies on a network or cluster filesystem, by the magic number that statfs(2) gives.
+fn is_remote(file: &impl AsFd) -> bool {
+    const REMOTE: [i64; 13] = [
+        0x6969,      // NFS
+        0x517b,      // SMB
+        0xff53_4d42, // CIFS
+        0xfe53_4d42, // SMB2
+        0x5346_414f, // AFS
+        0x00c3_6400, // Ceph
+        0x0102_1997, // 9p
+        0x6573_5546, // FUSE, which may be anything
+        0x7375_7245, // Coda
+        0x7461_636f, // OCFS2
+        0x0116_1970, // GFS2
+        0x0bd0_0bd0, // Lustre
+        0x4750_4653, // GPFS
+    ];
+    nix::sys::statfs::fstatfs(file)
+        .map(|stat| REMOTE.contains(&stat.filesystem_type().0))
+        // Who cannot say is not trusted with shared memory.
+        .unwrap_or(true)
+}

@@ -1,0 +1,98 @@
+//! What the base was when the cache was made, held against what it is now.
+//!
+//! Used by the command line at creation and by `engine` at every open.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::format::{BaseIdentity, Header};
+
+/// A base that is a file this machine can look at, as opposed to a URL or a `json:` name.
+#[derive(Clone, Debug)]
+pub struct BaseFile {
+    path: PathBuf,
+}
+
+impl BaseFile {
+    /// Resolves a base's name as qcow2 has it: a relative path starts at the image's directory.
+    /// `None` where the name is not a plain path.
+    pub fn resolve(name: &str, image: &Path) -> Option<Self> {
+        let name = name.strip_prefix("file:").unwrap_or(name);
+        // QEMU takes everything up to a colon as a protocol, unless a slash comes first.
+        let before = name.split(['/', ':']).next().unwrap_or_default();
+        if name.get(before.len()..).is_some_and(|rest| rest.starts_with(':')) {
+            return None;
+        }
+        let directory = image.parent().unwrap_or(Path::new("."));
+        Some(BaseFile { path: directory.join(name) })
+    }
+
+    /// The path on this machine.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Modification time and inode now, for a regular file.
+    pub fn local_identity(&self) -> std::io::Result<Option<(i64, u32, u64)>> {
+        let meta = File::open(&self.path)?.metadata()?;
+        Ok(meta.is_file().then(|| (meta.mtime(), meta.mtime_nsec() as u32, meta.ino())))
+    }
+}
+
+/// What holding the base against its recorded identity showed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BaseState {
+    /// Nothing speaks against it.
+    Same,
+    /// It is another one; how it shows.
+    Changed(String),
+    /// It cannot be looked at from here.
+    Unknown,
+}
+
+impl BaseState {
+    /// Compares what of the identity can be seen from the filesystem.
+    pub fn of(header: &Header, image: &Path) -> Self {
+        let Some(base) = BaseFile::resolve(&header.backing_file, image) else {
+            return BaseState::Unknown;
+        };
+        let Some(expected) = header.cache.base.local else {
+            return BaseState::Unknown;
+        };
+        match base.local_identity() {
+            Ok(Some(found)) => Self::compare(expected, found),
+            Ok(None) => BaseState::Unknown,
+            Err(err) => BaseState::Changed(format!("'{}': {err}", base.path().display())),
+        }
+    }
+
+    fn compare(expected: (i64, u32, u64), found: (i64, u32, u64)) -> Self {
+        if expected == found {
+            return BaseState::Same;
+        }
+        BaseState::Changed(if expected.2 == found.2 {
+            "the base was modified after the cache was made".into()
+        } else {
+            "the base is another file than the one the cache was made from".into()
+        })
+    }
+
+    /// Compares the size that the base has in QEMU.
+    pub fn of_size(header: &Header, size: u64) -> Self {
+        let expected = header.geometry.virtual_size();
+        if size == expected {
+            return BaseState::Same;
+        }
+        BaseState::Changed(format!(
+            "the base has {size} bytes, the cache was made for {expected} bytes"
+        ))
+    }
+}
+
+/// The identity of a base at creation.
+impl From<Option<(i64, u32, u64)>> for BaseIdentity {
+    fn from(local: Option<(i64, u32, u64)>) -> Self {
+        BaseIdentity { local, sample: None }
+    }
+}

@@ -1,0 +1,34 @@
+//! Putting an image right after a scan: dropping what is damaged and giving leaked clusters back.
+//! Only for whoever uses the image alone.
+//!
+//! Used by `engine` when it makes a live state (leaks), and by `vmcache check --repair`.
+
+use super::{Image, Scan};
+use crate::error::Result;
+use crate::format::L2Entry;
+
+/// Gives clusters back that have a refcount and no reference.
+pub fn free_leaks(image: &Image, scan: &Scan) -> Result<()> {
+    for leak in &scan.leaks {
+        image.write_refcounts(leak.start, leak.end - leak.start, 0)?;
+    }
+    if scan.leaks.is_empty() { Ok(()) } else { image.sync() }
+}
+
+/// Drops all that contradicts something, so that the base answers for it again, and gives leaked
+/// clusters back.
+pub fn repair(image: &Image, scan: &Scan) -> Result<()> {
+    image.write_fixed_tables()?;
+    for cluster in &scan.damaged_clusters {
+        image.write_l2_entries(*cluster, &[L2Entry::default()])?;
+    }
+    // No entry may be left without a refcount, whichever of the two reaches the disk first.
+    image.sync()?;
+    image.write_refcounts(0, image.layout().data, 1)?;
+    for host in scan.entries.values().filter_map(|entry| entry.host) {
+        image.write_refcounts(host.0 >> image.geometry().cluster_bits(), 1, 1)?;
+    }
+    image.sync()?;
+    // What was dropped just now is a leak only a new scan knows of.
+    free_leaks(image, &Scan::read(image, |_, _| {})?)
+}

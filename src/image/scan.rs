@@ -1,0 +1,290 @@
+//! Reading all tables of an image and holding them against each other, at a cost that follows what
+//! is in them: holes of the sparse file are skipped.
+//!
+//! Used by `engine` to make a live state from an image, and by `vmcache check`.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+
+use super::Image;
+use crate::error::{Error, Result};
+use crate::format::{ByteRange, HostOffset, L2Entry};
+
+/// Bytes read at once.
+const PIECE: u64 = 1 << 20;
+/// Findings kept in words; the rest is only counted.
+const FINDINGS: usize = 20;
+
+/// A run of clusters of the file with a refcount that nothing refers to.
+pub type Leak = Range<u64>;
+
+/// What reading all tables showed.
+#[derive(Debug, Default)]
+pub struct Scan {
+    /// The entries that say something, by guest cluster.
+    pub entries: BTreeMap<u64, L2Entry>,
+    /// Contradictions, the first of them in words.
+    pub findings: Vec<String>,
+    /// How many contradictions there are.
+    pub damages: u64,
+    /// Guest clusters whose entries are part of a contradiction.
+    pub damaged_clusters: Vec<u64>,
+    /// Clusters of the file with a refcount but no reference.
+    pub leaks: Vec<Leak>,
+    /// One past the last cluster of the file in use.
+    pub end: u64,
+}
+
+impl Scan {
+    /// Reads all tables of an image. Contradictions are findings; an error is a failed read.
+    /// `progress` hears of the bytes of L2 tables done and in all.
+    pub fn read(image: &Image, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
+        let mut scan = Scan { end: image.layout().data, ..Scan::default() };
+        scan.read_fixed_tables(image)?;
+        scan.read_l2_tables(image, &mut progress)?;
+        scan.read_refcounts(image)?;
+        Ok(scan)
+    }
+
+    /// Clusters of the file below [`Scan::end`] that nothing uses.
+    pub fn free_clusters(&self, image: &Image) -> impl Iterator<Item = u64> {
+        let used = self.used(image);
+        (image.layout().data..self.end).filter(move |cluster| !used.contains(*cluster))
+    }
+
+    /// Number of clusters in [`Scan::leaks`].
+    pub fn leaked_clusters(&self) -> u64 {
+        self.leaks.iter().map(|leak| leak.end - leak.start).sum()
+    }
+
+    fn damage(&mut self, what: String) {
+        self.damages += 1;
+        if self.findings.len() < FINDINGS {
+            self.findings.push(what);
+        }
+    }
+
+    fn used(&self, image: &Image) -> ClusterSet {
+        let cluster_bits = image.geometry().cluster_bits();
+        let mut used = ClusterSet::new(image.layout().data, self.end);
+        for host in self.entries.values().filter_map(|entry| entry.host) {
+            used.insert(host.0 >> cluster_bits);
+        }
+        used
+    }
+
+    /// L1 and refcount table: both are what the layout says, always.
+    fn read_fixed_tables(&mut self, image: &Image) -> Result<()> {
+        let layout = image.layout();
+        let tables = [
+            ("refcount table", layout.refcount_table_offset(), layout.encode_refcount_table()),
+            ("L1 table", layout.offset(layout.l1_table), layout.encode_l1_table()),
+        ];
+        for (name, at, expected) in tables {
+            let mut found = vec![0; expected.len()];
+            image.read(&mut found, at)?;
+            let entries = found.as_chunks::<8>().0.iter().zip(expected.as_chunks::<8>().0);
+            for (index, (found, expected)) in entries.enumerate() {
+                if found != expected {
+                    self.damage(format!(
+                        "{name}, entry {index}: {:#x} where a cache image has {:#x}",
+                        u64::from_be_bytes(*found),
+                        u64::from_be_bytes(*expected)
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read_l2_tables(&mut self, image: &Image, progress: &mut impl FnMut(u64, u64)) -> Result<()> {
+        let geometry = *image.geometry();
+        let layout = *image.layout();
+        let tables =
+            layout.l2_table_offset(0).0..layout.l2_table_offset(0).0 + geometry.clusters() * 16;
+        let mut hosts = BTreeMap::new();
+        let total = tables.end - tables.start;
+        for piece in data_pieces(image, tables.clone())? {
+            let mut bytes = vec![0; piece.len as usize];
+            image.read(&mut bytes, HostOffset(piece.start))?;
+            let first = (piece.start - tables.start) / 16;
+            for (cluster, entry) in (first..).zip(bytes.as_chunks::<16>().0) {
+                if *entry != [0; 16] {
+                    self.take_entry(image, cluster, *entry, &mut hosts);
+                }
+            }
+            progress(piece.end() - tables.start, total);
+        }
+        progress(total, total);
+        Ok(())
+    }
+
+    fn take_entry(
+        &mut self,
+        image: &Image,
+        cluster: u64,
+        bytes: [u8; 16],
+        hosts: &mut BTreeMap<u64, u64>,
+    ) {
+        let geometry = image.geometry();
+        let refuse = |scan: &mut Self, what: String| {
+            scan.damaged_clusters.push(cluster);
+            scan.damage(format!("guest cluster {cluster}: {what}"));
+        };
+        let entry = match L2Entry::decode(bytes, geometry) {
+            Ok(entry) => entry,
+            Err(err) => return refuse(self, err.to_string()),
+        };
+        if let Some(host) = entry.host {
+            if !image.layout().is_data_cluster(host) {
+                return refuse(self, format!("host offset {:#x} is not in the data area", host.0));
+            }
+            if entry.bits.data() == 0 {
+                return refuse(self, format!("host offset {:#x} without data", host.0));
+            }
+            if !reaches(image, entry, host) {
+                return refuse(self, format!("data at {:#x} lies beyond the end of file", host.0));
+            }
+            if let Some(other) = hosts.insert(host.0, cluster) {
+                // Whose data it is cannot be told, so neither may keep it.
+                self.entries.remove(&other);
+                self.damaged_clusters.push(other);
+                return refuse(
+                    self,
+                    format!("host offset {:#x} belongs to guest cluster {other} as well", host.0),
+                );
+            }
+            self.end = self.end.max((host.0 >> geometry.cluster_bits()) + 1);
+        }
+        self.entries.insert(cluster, entry);
+    }
+
+    /// Refcounts: one for each table cluster and each data cluster that an entry refers to, none
+    /// for any other.
+    fn read_refcounts(&mut self, image: &Image) -> Result<()> {
+        let layout = *image.layout();
+        let area = layout.refcount_offset(0).0..layout.refcount_offset(layout.end).0;
+        let used = self.used(image);
+        let mut seen_used = 0;
+        let mut wrong = Vec::new();
+        for piece in data_pieces(image, area.clone())? {
+            let mut bytes = vec![0; piece.len as usize];
+            image.read(&mut bytes, HostOffset(piece.start))?;
+            let first = (piece.start - area.start) / 2;
+            for (cluster, bytes) in (first..).zip(bytes.as_chunks::<2>().0) {
+                let refcount = u16::from_be_bytes(*bytes);
+                let expected = cluster < layout.data || used.contains(cluster);
+                match (refcount, expected) {
+                    (0, false) => {}
+                    (1, true) => seen_used += 1,
+                    (_, false) => push_run(&mut self.leaks, cluster),
+                    (_, true) => wrong.push((cluster, refcount)),
+                }
+            }
+        }
+        let missing = layout.data + used.len() - seen_used - wrong.len() as u64;
+        for (cluster, refcount) in &wrong {
+            self.damage(format!("cluster {cluster} of the file has refcount {refcount}, not 1"));
+        }
+        if missing != 0 {
+            self.damage(format!("{missing} clusters in use have refcount 0"));
+        }
+        Ok(())
+    }
+}
+
+/// Whether the file is long enough for the last data subcluster of an entry.
+fn reaches(image: &Image, entry: L2Entry, host: HostOffset) -> bool {
+    let last = u64::from(u32::BITS - entry.bits.data().leading_zeros());
+    let end = host.0 + last * image.geometry().subcluster_size();
+    image.file().metadata().is_ok_and(|meta| end <= meta.len())
+}
+
+/// A set of cluster numbers in a range, one bit each.
+struct ClusterSet {
+    first: u64,
+    words: Vec<u64>,
+    len: u64,
+}
+
+impl ClusterSet {
+    fn new(first: u64, end: u64) -> Self {
+        let words = vec![0; end.saturating_sub(first).div_ceil(64) as usize];
+        ClusterSet { first, words, len: 0 }
+    }
+
+    fn place(&self, cluster: u64) -> Option<(usize, u64)> {
+        let index = cluster.checked_sub(self.first)?;
+        Some(((index / 64) as usize, 1 << (index % 64)))
+    }
+
+    fn insert(&mut self, cluster: u64) {
+        if let Some((index, bit)) = self.place(cluster) {
+            if let Some(word) = self.words.get_mut(index) {
+                self.len += u64::from(*word & bit == 0);
+                *word |= bit;
+            }
+        }
+    }
+
+    fn contains(&self, cluster: u64) -> bool {
+        self.place(cluster)
+            .and_then(|(index, bit)| Some(self.words.get(index)? & bit != 0))
+            .unwrap_or(false)
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+fn push_run(runs: &mut Vec<Leak>, cluster: u64) {
+    match runs.last_mut() {
+        Some(run) if run.end == cluster => run.end += 1,
+        _ => runs.push(cluster..cluster + 1),
+    }
+}
+
+/// The parts of a range of the file that are not holes, cut into pieces that start and end at
+/// multiples of 16 bytes from the start of the range.
+fn data_pieces(image: &Image, range: Range<u64>) -> Result<Vec<ByteRange>> {
+    let file = image.file();
+    let failed = |errno: Errno| Error::io("look for data in", image.path(), &errno.into());
+    let mut pieces = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let Some(data) = seek(file, at, Whence::SeekData).map_err(failed)? else {
+            break;
+        };
+        if data >= range.end {
+            break;
+        }
+        let hole = seek(file, data, Whence::SeekHole).map_err(failed)?.unwrap_or(range.end);
+        // Holes are blocks of the filesystem; entries are not cut by them in practice, but nothing
+        // promises that.
+        let mut start = data.max(at) - (data.max(at) - range.start) % 16;
+        let end = (range.start + (hole - range.start).next_multiple_of(16)).min(range.end);
+        while start < end {
+            let len = PIECE.min(end - start);
+            pieces.push(ByteRange { start, len });
+            start += len;
+        }
+        at = end;
+    }
+    Ok(pieces)
+}
+
+/// Where data or a hole next begins; `None` where there is none before the end of the file.
+fn seek(file: &impl AsFd, at: u64, whence: Whence) -> std::result::Result<Option<u64>, Errno> {
+    match lseek(file, at as libc::off_t, whence) {
+        Ok(found) => Ok(Some(found as u64)),
+        Err(Errno::ENXIO) => Ok(None),
+        // A filesystem that does not know where its holes are: all is data.
+        Err(Errno::EINVAL) => Ok(matches!(whence, Whence::SeekData).then_some(at)),
+        Err(errno) => Err(errno),
+    }
+}

@@ -1,0 +1,426 @@
+//! The live file itself: making, opening and mapping it, and the typed view of the mapped bytes.
+//!
+//! A live file is made under another name and renamed into place when it is complete, so a name
+//! `<image>.live` never shows a half-made state. It says in its first page what it belongs to; all
+//! else in it is atomics, which is why `&` of them may be handed out while other processes write.
+//!
+//! Used by `engine` through `live`.
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::claim::Claim;
+use super::event::Event;
+use super::map::MapEntry;
+use super::regions::{GROUP_BYTES, GROUP_CLUSTERS, Regions};
+use super::slot::{SLOTS, Slot};
+use super::space::{FREE_LIST, Space};
+use super::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Geometry, SUBCLUSTERS};
+
+const MAGIC: [u8; 8] = *b"vmclive\n";
+/// Changes whenever anything about the live file's contents or protocols does.
+const VERSION: u32 = 1;
+const IDENTITY_BYTES: usize = 80;
+
+/// What a live file belongs to: one boot of one kernel, one image file. A live file that names
+/// anything else is left over and worthless.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveIdentity {
+    /// The kernel's boot id.
+    pub boot_id: [u8; 16],
+    /// UUID in the image's header.
+    pub uuid: [u8; 16],
+    /// Device of the image file.
+    pub device: u64,
+    /// Inode of the image file.
+    pub inode: u64,
+    /// Virtual size and cluster size.
+    pub geometry: Geometry,
+}
+
+impl LiveIdentity {
+    /// The identity of the live state of an open image in this boot.
+    pub fn of(image: &File, uuid: [u8; 16], geometry: Geometry) -> io::Result<Self> {
+        let meta = image.metadata()?;
+        let boot_id = boot_id()?;
+        Ok(LiveIdentity { boot_id, uuid, device: meta.dev(), inode: meta.ino(), geometry })
+    }
+
+    /// The first bytes of a live file with inode `live_inode`; a copy of a live file has another
+    /// inode and does not pass for it.
+    fn encode(&self, live_inode: u64) -> [u8; IDENTITY_BYTES] {
+        let mut bytes = Vec::with_capacity(IDENTITY_BYTES);
+        bytes.extend(MAGIC);
+        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend(self.geometry.cluster_bits().to_le_bytes());
+        bytes.extend(self.geometry.virtual_size().to_le_bytes());
+        bytes.extend(self.boot_id);
+        bytes.extend(self.uuid);
+        bytes.extend(self.device.to_le_bytes());
+        bytes.extend(self.inode.to_le_bytes());
+        bytes.extend(live_inode.to_le_bytes());
+        let mut array = [0; IDENTITY_BYTES];
+        array.copy_from_slice(&bytes);
+        array
+    }
+}
+
+fn boot_id() -> io::Result<[u8; 16]> {
+    let mut text = String::new();
+    File::open("/proc/sys/kernel/random/boot_id")?.read_to_string(&mut text)?;
+    uuid::Uuid::parse_str(text.trim())
+        .map(uuid::Uuid::into_bytes)
+        .map_err(|err| io::Error::new(io::ErrorKind::InvalidData, err))
+}
+
+/// Words that all processes share beside [`Space`] and [`Event`].
+#[derive(Debug)]
+#[repr(C, align(64))]
+struct Shared {
+    event: Line<Event>,
+    space: Line<Space>,
+    checkpoints_begun: AtomicU64,
+    checkpoints_done: AtomicU64,
+    failed: AtomicU32,
+}
+
+#[derive(Debug)]
+#[repr(C, align(64))]
+struct Line<T>(T);
+
+/// A mapped live file.
+#[derive(Debug)]
+pub struct LiveFile {
+    path: PathBuf,
+    file: File,
+    map: MmapRaw,
+    regions: Regions,
+    clusters: u64,
+    /// Where it was made and still has to be renamed to [`LiveFile::path`] from.
+    made_at: Option<PathBuf>,
+}
+
+impl LiveFile {
+    /// Makes an empty live state that becomes visible with [`LiveFile::install`]. It gets the
+    /// image's owner and mode. `checkpoints` is the number in the image's header.
+    pub fn make(
+        path: &Path,
+        image: &File,
+        identity: &LiveIdentity,
+        checkpoints: u64,
+    ) -> Result<Self> {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{}.new", uuid::Uuid::new_v4().simple()));
+        let made_at = PathBuf::from(name);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
+            .open(&made_at)
+            .map_err(|err| Error::io("create the live file", &made_at, &err))?;
+        let filled = copy_ownership(image, &file)
+            .and_then(|()| Self::fill(path, file, identity, checkpoints, Some(made_at.clone())));
+        filled.map_err(|err| {
+            // What is left is a useless file under a name nobody looks for.
+            let _ = std::fs::remove_file(&made_at);
+            Error::io("set up the live file", &made_at, &err)
+        })
+    }
+
+    /// Makes a live state of this process alone, in anonymous memory, for an image that cannot
+    /// have a shared one.
+    pub fn make_private(path: &Path, identity: &LiveIdentity) -> Result<Self> {
+        // SAFETY: memfd_create takes a C string and flags; a non-negative result is a new
+        // descriptor that nothing else owns.
+        let file = unsafe {
+            match libc::memfd_create(c"vmcache".as_ptr(), libc::MFD_CLOEXEC) {
+                -1 => Err(io::Error::last_os_error()),
+                fd => Ok(File::from_raw_fd(fd)),
+            }
+        };
+        file.and_then(|file| Self::fill(path, file, identity, 0, None))
+            .map_err(|err| Error::io("make a private live state for", path, &err))
+    }
+
+    fn fill(
+        path: &Path,
+        file: File,
+        identity: &LiveIdentity,
+        checkpoints: u64,
+        made_at: Option<PathBuf>,
+    ) -> io::Result<Self> {
+        let regions = Regions::new(&identity.geometry);
+        file.set_len(regions.len)?;
+        fallocate(&file, FallocateFlags::empty(), 0, regions.groups as libc::off_t)?;
+        file.write_all_at(&identity.encode(file.metadata()?.ino()), 0)?;
+        let map = MmapOptions::new().len(regions.len as usize).map_raw(&file)?;
+        let clusters = identity.geometry.clusters();
+        let live =
+            LiveFile { path: path.to_owned(), file, map, regions, clusters, made_at };
+        live.shared().checkpoints_begun.store(checkpoints, Ordering::Relaxed);
+        live.shared().checkpoints_done.store(checkpoints, Ordering::Relaxed);
+        Ok(live)
+    }
+
+    /// Gives a live file its name, in place of one that is left over.
+    pub fn install(&mut self) -> Result<()> {
+        if let Some(made_at) = self.made_at.take() {
+            std::fs::rename(&made_at, &self.path).map_err(|err| {
+                let _ = std::fs::remove_file(&made_at);
+                Error::io("rename the new live file to", &self.path, &err)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Opens the live file of an image if it is there and belongs to it; `checkpoints` is the
+    /// number in the image's header. `Ok(None)` where there is none or it is left over.
+    pub fn open(
+        path: &Path,
+        identity: &LiveIdentity,
+        checkpoints: u64,
+        writable: bool,
+    ) -> Result<Option<Self>> {
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(writable)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(path);
+        let file = match opened {
+            Ok(file) => file,
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(err) => return Err(Error::io("open the live file", path, &err)),
+        };
+        let io_error = |err: io::Error| Error::io("read the live file", path, &err);
+        let meta = file.metadata().map_err(io_error)?;
+        let regions = Regions::new(&identity.geometry);
+        if !meta.is_file() {
+            return Err(Error::new(ErrorKind::Damaged, "not a regular file").on(path));
+        }
+        let mut found = [0; IDENTITY_BYTES];
+        let read = file.read_at(&mut found, 0).map_err(io_error)?;
+        if meta.len() != regions.len
+            || read != IDENTITY_BYTES
+            || found != identity.encode(meta.ino())
+        {
+            return Ok(None);
+        }
+        let options = MmapOptions::new().len(regions.len as usize).clone();
+        let map = if writable { options.map_raw(&file) } else { options.map_raw_read_only(&file) }
+            .map_err(|err| Error::io("map the live file", path, &err))?;
+        let clusters = identity.geometry.clusters();
+        let live = LiveFile { path: path.to_owned(), file, map, regions, clusters, made_at: None };
+        // An image of another age, copied over this one, has another number of checkpoints.
+        let shared = live.shared();
+        let known = [&shared.checkpoints_done, &shared.checkpoints_begun]
+            .map(|word| word.load(Ordering::Acquire));
+        Ok(known.contains(&checkpoints).then_some(live))
+    }
+
+    /// Where the file is, or would be.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Another descriptor for the same open file, and thus the same locks.
+    pub fn try_clone_file(&self) -> Result<File> {
+        self.file
+            .try_clone()
+            .map_err(|err| Error::io("duplicate the descriptor of", &self.path, &err))
+    }
+
+    /// The open file, for questions about its locks.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// A reference to a `T` at an offset of the mapping.
+    fn at<T>(&self, offset: u64) -> &T {
+        let offset = offset as usize;
+        assert!(offset.is_multiple_of(align_of::<T>()) && offset + size_of::<T>() <= self.map.len());
+        // SAFETY: within the mapping, which is page-aligned and lives as long as self, and aligned
+        // (both asserted); every T used here consists of atomics, for which any bytes are valid
+        // and which others may change at any time.
+        unsafe { &*self.map.as_ptr().add(offset).cast::<T>() }
+    }
+
+    fn shared(&self) -> &Shared {
+        self.at(self.regions.shared)
+    }
+
+    /// The event on which waiters sleep.
+    pub fn event(&self) -> &Event {
+        &self.shared().event.0
+    }
+
+    /// Allocation and quota.
+    pub fn space(&self) -> &Space {
+        &self.shared().space.0
+    }
+
+    /// Clusters of the file that lie free between used ones.
+    pub fn free_list(&self) -> &[AtomicU64; FREE_LIST] {
+        self.at(self.regions.free_list)
+    }
+
+    /// Fills the free list; before anybody else can see this file. Returns how many it took.
+    pub fn fill_free_list(&self, clusters: impl Iterator<Item = u64>) -> usize {
+        self.free_list()
+            .iter()
+            .zip(clusters)
+            .map(|(entry, cluster)| entry.store(cluster, Ordering::Relaxed))
+            .count()
+    }
+
+    /// A slot; `index` is below [`SLOTS`].
+    pub fn slot(&self, index: u32) -> &Slot {
+        self.at(self.regions.slots + u64::from(index.min(SLOTS - 1)) * size_of::<Slot>() as u64)
+    }
+
+    /// All slots, held or not.
+    pub fn slots(&self) -> impl Iterator<Item = &Slot> {
+        (0..SLOTS).map(|index| self.slot(index))
+    }
+
+    fn bit(&self, bitmap: u64, group: u64) -> (&AtomicU64, u64) {
+        (self.at(bitmap + group / 64 * 8), 1 << (group % 64))
+    }
+
+    fn has_group(&self, group: u64) -> bool {
+        let (word, bit) = self.bit(self.regions.present, group);
+        word.load(Ordering::Acquire) & bit != 0
+    }
+
+    /// The map entry of a guest cluster; `None` where nothing around it was ever needed.
+    pub fn entry(&self, cluster: u64) -> Option<&MapEntry> {
+        (cluster < self.clusters && self.has_group(cluster / GROUP_CLUSTERS))
+            .then(|| self.at(self.regions.entry(cluster)))
+    }
+
+    /// The claims on a guest cluster's subclusters; `None` as for [`LiveFile::entry`].
+    pub fn claims(&self, cluster: u64) -> Option<&[Claim; SUBCLUSTERS as usize]> {
+        (cluster < self.clusters && self.has_group(cluster / GROUP_CLUSTERS))
+            .then(|| self.at(self.regions.claims(cluster)))
+    }
+
+    /// Makes sure that the cluster has a map entry and claims: allocates their pages, which may
+    /// fail for want of space and may block.
+    pub fn ensure(&self, cluster: u64) -> io::Result<()> {
+        let group = cluster / GROUP_CLUSTERS;
+        if cluster < self.clusters && !self.has_group(group) {
+            let at = self.regions.group(group) as libc::off_t;
+            fallocate(&self.file, FallocateFlags::empty(), at, GROUP_BYTES as libc::off_t)?;
+            let (word, bit) = self.bit(self.regions.present, group);
+            word.fetch_or(bit, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Notes that something was published in a cluster, for the next checkpoint. After publishing.
+    pub fn mark_dirty(&self, cluster: u64) {
+        let (word, bit) = self.bit(self.regions.dirty, cluster / GROUP_CLUSTERS);
+        // Read first: the line stays shared while a burst of fills goes to the same group. The
+        // fence pairs with the one in take_dirty: either the checkpoint sees what was published,
+        // or this sees the bit cleared.
+        fence(Ordering::SeqCst);
+        if word.load(Ordering::Relaxed) & bit == 0 {
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a checkpoint would have anything to do.
+    pub fn is_dirty(&self) -> bool {
+        self.groups(self.regions.dirty).next().is_some()
+    }
+
+    /// Groups marked dirty.
+    pub fn dirty_groups(&self) -> u64 {
+        self.groups(self.regions.dirty).count() as u64
+    }
+
+    /// Takes the mark off a group and gives its clusters; `None` where it had none.
+    pub fn take_dirty(&self, group: u64) -> Option<std::ops::Range<u64>> {
+        let (word, bit) = self.bit(self.regions.dirty, group);
+        let marked = word.load(Ordering::Relaxed) & bit != 0
+            && word.fetch_and(!bit, Ordering::Relaxed) & bit != 0;
+        fence(Ordering::SeqCst);
+        marked.then(|| self.group_clusters(group))
+    }
+
+    /// Number of groups, marked or not.
+    pub fn group_count(&self) -> u64 {
+        self.regions.group_count
+    }
+
+    /// The clusters of all groups that were ever needed, in order.
+    pub fn known_clusters(&self) -> impl Iterator<Item = u64> {
+        self.groups(self.regions.present).flat_map(|group| self.group_clusters(group))
+    }
+
+    fn group_clusters(&self, group: u64) -> std::ops::Range<u64> {
+        group * GROUP_CLUSTERS..((group + 1) * GROUP_CLUSTERS).min(self.clusters)
+    }
+
+    /// The groups whose bit is set in a bitmap.
+    fn groups(&self, bitmap: u64) -> impl Iterator<Item = u64> {
+        (0..self.regions.group_count.div_ceil(64)).flat_map(move |index| {
+            let word = self.at::<AtomicU64>(bitmap + index * 8).load(Ordering::Relaxed);
+            let last = self.regions.group_count;
+            (0..64)
+                .filter(move |bit| word >> bit & 1 != 0)
+                .map(move |bit| index * 64 + bit)
+                .filter(move |group| *group < last)
+        })
+    }
+
+    /// The number that the checkpoint about to be written gets. Under the checkpoint lock.
+    pub fn begin_checkpoint(&self) -> u64 {
+        let next = self.shared().checkpoints_done.load(Ordering::Acquire) + 1;
+        self.shared().checkpoints_begun.store(next, Ordering::Release);
+        next
+    }
+
+    /// The image's header carries the number now. Under the checkpoint lock.
+    pub fn end_checkpoint(&self, number: u64) {
+        self.shared().checkpoints_done.store(number, Ordering::Release);
+    }
+
+    /// Whether the image was found unreliable while in use: nobody may rely on this state.
+    pub fn has_failed(&self) -> bool {
+        self.shared().failed.load(Ordering::Acquire) != 0
+    }
+
+    /// Tells all processes that the image is unreliable. Returns whether this was news.
+    pub fn fail(&self) -> bool {
+        self.shared().failed.swap(1, Ordering::AcqRel) == 0
+    }
+}
+
+impl Drop for LiveFile {
+    fn drop(&mut self) {
+        if let Some(made_at) = &self.made_at {
+            let _ = std::fs::remove_file(made_at);
+        }
+    }
+}
+
+/// Gives the live file the image's mode, and its owner where this process may.
+fn copy_ownership(image: &File, live: &File) -> io::Result<()> {
+    let meta = image.metadata()?;
+    let mode = meta.permissions().mode() & 0o666;
+    if let Err(err) = std::os::unix::fs::fchown(live, Some(meta.uid()), Some(meta.gid())) {
+        log::debug!("the live file keeps this process's owner: {err}");
+    }
+    live.set_permissions(std::fs::Permissions::from_mode(mode))
+}
