@@ -22,3 +22,4 @@ pub mod format;
 pub mod image;
 pub mod live;
 pub mod lock;
+mod qemu;

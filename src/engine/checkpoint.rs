@@ -173,4 +173,3 @@ fn allocate_blocks(image: &Image, at: HostOffset, len: u64) -> Result<()> {
 fn sync(core: &Core) -> Result<()> {
     core.image.sync().inspect_err(|err| core.fail(&err.to_string()))
 }
-

@@ -178,8 +178,7 @@ fn set_space(
     free: impl Iterator<Item = u64>,
     end: u64,
 ) -> Result<()> {
-    let occupied =
-        image.occupied().map_err(|err| Error::io("examine", image.path(), &err))?;
+    let occupied = image.occupied().map_err(|err| Error::io("examine", image.path(), &err))?;
     let free_len = live.fill_free_list(free);
     live.space().restore(end, image.layout().end, occupied, free_len);
     Ok(())

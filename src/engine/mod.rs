@@ -39,10 +39,10 @@ use crate::live::slot::Counters;
 
 use self::core::Core;
 use keeper::Keeper;
-pub use plan::{Fetch, Part, Plan, Step, Ticket};
+pub use plan::{Fetch, Part, Plan, Presence, Step, Ticket};
 use pool::Pool;
 use populate::Populator;
-pub use reader::{Base, Reader};
+pub use reader::{Base, MAX_WAITS, Reader};
 pub use status::{CheckReport, ImageState, ProcessStats, Status, check};
 use wait::Waiter;
 
@@ -110,10 +110,11 @@ impl Engine {
         self.core.active().is_some()
     }
 
-    /// Holds what can be seen of the base against what it was when the cache was made.
-    pub fn check_base(&self, size: u64) -> BaseState {
+    /// Holds a base of `size` bytes, and the local file that it is if it is one, against what the
+    /// cache was made from.
+    pub fn check_base(&self, size: u64, file: Option<&Path>) -> BaseState {
         match BaseState::of_size(self.header(), size) {
-            BaseState::Same => BaseState::of(self.header(), self.core.image.path()),
+            BaseState::Same => BaseState::of_file(self.header(), file),
             other => other,
         }
     }
@@ -147,18 +148,23 @@ impl Engine {
             }
             plan::Waiting::Group { cluster } => {
                 let core = Arc::clone(&self.core);
-                self.pool.run(Box::new(move || {
+                let runs = self.pool.run(Box::new(move || {
                     core.ensure(cluster);
                     wake();
                 }));
-                true
+                if !runs {
+                    self.core.ensure(cluster);
+                }
+                runs
             }
         }
     }
 
-    /// Runs something that may block in a thread of its own.
-    pub fn run_blocking(&self, job: impl FnOnce() + Send + 'static) {
-        self.pool.run(Box::new(job));
+    /// Runs something that may block in a thread of its own; `false`, and it is dropped, where no
+    /// thread can be had.
+    #[must_use = "where no thread can be had the caller has to do it"]
+    pub fn run_blocking(&self, job: impl FnOnce() + Send + 'static) -> bool {
+        self.pool.run(Box::new(job))
     }
 
     /// Notes that the image file could not be read: from now on the base answers.

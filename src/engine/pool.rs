@@ -43,18 +43,17 @@ impl Default for Pool {
 }
 
 impl Pool {
-    /// Runs a job soon. Where no thread can be had it runs here and now.
-    pub fn run(&self, job: Job) {
+    /// Runs a job soon, in another thread; `false`, and the job dropped, where none can be had.
+    pub fn run(&self, job: Job) -> bool {
         let threads = self.shared.threads.load(Ordering::Relaxed);
         let unfinished = self.shared.unfinished.fetch_add(1, Ordering::Relaxed) + 1;
-        if unfinished > threads && threads < MOST_THREADS && !self.start() && threads == 0 {
-            self.shared.unfinished.fetch_sub(1, Ordering::Relaxed);
-            return job();
+        let started = unfinished > threads && threads < MOST_THREADS && self.start();
+        // The receiver lives in `shared`, so sending only fails with the pool itself.
+        if (threads > 0 || started) && self.jobs.send(job).is_ok() {
+            return true;
         }
-        // The receiver lives in `shared`, so that sending cannot fail.
-        if let Err(refused) = self.jobs.send(job) {
-            (refused.0)();
-        }
+        self.shared.unfinished.fetch_sub(1, Ordering::Relaxed);
+        false
     }
 
     fn start(&self) -> bool {

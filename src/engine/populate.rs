@@ -65,7 +65,8 @@ impl Populator {
         if state.queue.is_none() && !state.stopped {
             let (sender, receiver) = unbounded();
             let (core, queued) = (Arc::clone(&self.core), Arc::clone(&self.queued));
-            state.thread = pool::start("vmcache-fill", STACK, move || run(&core, &receiver, &queued));
+            state.thread =
+                pool::start("vmcache-fill", STACK, move || run(&core, &receiver, &queued));
             state.queue = state.thread.is_some().then_some(sender);
         }
         state.queue.clone()
@@ -148,7 +149,8 @@ impl Store<'_> {
         let present = entry.bits().present();
         entry.publish(SubclusterBits::new(0, zero & !present));
         full &= !present;
-        let written = if full == 0 { Ok(()) } else { self.write(cluster, entry, start, full, data) };
+        let written =
+            if full == 0 { Ok(()) } else { self.write(cluster, entry, start, full, data) };
         // Also after an error: zeros may have been published.
         self.live.mark_dirty(cluster);
         written?;

@@ -14,7 +14,7 @@ use super::{Engine, Part, Step};
 use crate::format::ByteRange;
 
 /// How often a read waits for others before it turns to the base.
-pub const WAITS: u32 = 8;
+pub const MAX_WAITS: u32 = 8;
 
 /// What a [`Reader`] reads where the cache has nothing.
 pub trait Base {
@@ -50,7 +50,7 @@ impl<B: Base> Reader<B> {
     /// where the base does.
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.engine.counters().reads.add(1);
-        self.read_part(buf, offset, WAITS)
+        self.read_part(buf, offset, MAX_WAITS)
     }
 
     fn read_part(&self, buf: &mut [u8], offset: u64, waits: u32) -> io::Result<()> {

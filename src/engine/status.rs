@@ -190,8 +190,7 @@ fn values(counters: &Counters) -> [u64; COUNTERS.len()] {
 fn open_live(image: &Image) -> Result<Option<LiveFile>> {
     let identity = LiveIdentity::of(image.file(), image.header().cache.uuid, *image.geometry())
         .map_err(|err| Error::io("identify", image.path(), &err))?;
-    let live =
-        LiveFile::open(&image.live_path(), &identity, image.read_checkpoints()?, false)?;
+    let live = LiveFile::open(&image.live_path(), &identity, image.read_checkpoints()?, false)?;
     Ok(live.filter(|live| !live.has_failed()))
 }
 
@@ -208,11 +207,7 @@ pub struct CheckReport {
 
 /// Checks all tables of an image, and puts them right where `repair` says so; that only where
 /// nobody uses it. `progress` hears of bytes of tables read and in all.
-pub fn check(
-    path: &Path,
-    repair: bool,
-    progress: impl FnMut(u64, u64),
-) -> Result<CheckReport> {
+pub fn check(path: &Path, repair: bool, progress: impl FnMut(u64, u64)) -> Result<CheckReport> {
     let image = match Image::open(path, Access::ReadWrite) {
         Err(err) if !repair && err.kind() == ErrorKind::Io => {
             Image::open(path, Access::ReadOnly).map(|image| (image, false))

@@ -167,7 +167,8 @@ impl Shared {
     /// Whether there is nothing to wait for any more; breaks the claim of an owner that is dead or
     /// late.
     fn is_over(&self, wait: &Wait, now: Instant, pulse: bool) -> bool {
-        let (Some(live), Some(claim)) = (self.core.live(), self.claim(wait.cluster, wait.subcluster))
+        let (Some(live), Some(claim)) =
+            (self.core.live(), self.claim(wait.cluster, wait.subcluster))
         else {
             return true;
         };

@@ -300,9 +300,9 @@ impl Extensions {
                 }
                 CACHE_EXTENSION => found.cache = Some((CacheExtension::decode(data)?, at)),
                 EXTENSION_BACKING_FORMAT => {
-                    let name = std::str::from_utf8(data).ok().filter(|name| {
-                        (1..16).contains(&name.len()) && !name.contains('\0')
-                    });
+                    let name = std::str::from_utf8(data)
+                        .ok()
+                        .filter(|name| (1..16).contains(&name.len()) && !name.contains('\0'));
                     found.backing_format = Some(
                         name.ok_or_else(|| {
                             Error::new(ErrorKind::Damaged, "the backing format is not a name")

@@ -14,7 +14,7 @@ mod layout;
 
 pub use extension::{BaseIdentity, CacheExtension};
 pub use geometry::{ByteRange, Geometry, GuestOffset, HostOffset, SUBCLUSTERS};
-pub use header::{Header, HEADER_MAX};
+pub use header::{HEADER_MAX, Header};
 pub use l2::{L2Entry, SubclusterBits};
 pub use layout::Layout;
 

@@ -111,9 +111,9 @@ fn rename(from: &Path, to: &Path, replace: bool) -> Result<()> {
         Ok(()) => Ok(()),
         Err(Errno::EEXIST) => Err(exists(to)),
         // Filesystems without the flag have links, or nothing that would help.
-        Err(Errno::EINVAL) => std::fs::hard_link(from, to)
-            .and_then(|()| std::fs::remove_file(from))
-            .map_err(failed),
+        Err(Errno::EINVAL) => {
+            std::fs::hard_link(from, to).and_then(|()| std::fs::remove_file(from)).map_err(failed)
+        }
         Err(errno) => Err(failed(errno.into())),
     }
 }

@@ -275,7 +275,8 @@ fn lock_as_qemu_reader(file: &File, path: &Path) -> Result<()> {
     ];
     for byte in wanted {
         // Nobody takes these bytes exclusively for longer than a probe.
-        if !lock_within(file, byte, LockKind::Shared, Duration::from_millis(100)).map_err(io_error)?
+        if !lock_within(file, byte, LockKind::Shared, Duration::from_millis(100))
+            .map_err(io_error)?
         {
             return Err(Error::new(ErrorKind::Busy, "locked by another program").on(path));
         }

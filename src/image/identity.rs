@@ -2,7 +2,7 @@
 //!
 //! Used by the command line at creation and by `engine` at every open.
 
-use std::fs::File;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -34,10 +34,14 @@ impl BaseFile {
     }
 
     /// Modification time and inode now, for a regular file.
-    pub fn local_identity(&self) -> std::io::Result<Option<(i64, u32, u64)>> {
-        let meta = File::open(&self.path)?.metadata()?;
-        Ok(meta.is_file().then(|| (meta.mtime(), meta.mtime_nsec() as u32, meta.ino())))
+    pub fn local_identity(&self) -> io::Result<Option<(i64, u32, u64)>> {
+        local_identity(&self.path)
     }
+}
+
+fn local_identity(path: &Path) -> io::Result<Option<(i64, u32, u64)>> {
+    let meta = path.metadata()?;
+    Ok(meta.is_file().then(|| (meta.mtime(), meta.mtime_nsec() as u32, meta.ino())))
 }
 
 /// What holding the base against its recorded identity showed.
@@ -52,18 +56,21 @@ pub enum BaseState {
 }
 
 impl BaseState {
-    /// Compares what of the identity can be seen from the filesystem.
+    /// Compares what of the identity can be seen from the filesystem, under the header's name.
     pub fn of(header: &Header, image: &Path) -> Self {
-        let Some(base) = BaseFile::resolve(&header.backing_file, image) else {
+        let base = BaseFile::resolve(&header.backing_file, image);
+        Self::of_file(header, base.as_ref().map(BaseFile::path))
+    }
+
+    /// The same for the file that the base is, if it is one.
+    pub fn of_file(header: &Header, file: Option<&Path>) -> Self {
+        let (Some(path), Some(expected)) = (file, header.cache.base.local) else {
             return BaseState::Unknown;
         };
-        let Some(expected) = header.cache.base.local else {
-            return BaseState::Unknown;
-        };
-        match base.local_identity() {
+        match local_identity(path) {
             Ok(Some(found)) => Self::compare(expected, found),
             Ok(None) => BaseState::Unknown,
-            Err(err) => BaseState::Changed(format!("'{}': {err}", base.path().display())),
+            Err(err) => BaseState::Changed(format!("'{}': {err}", path.display())),
         }
     }
 

@@ -166,8 +166,7 @@ impl LiveFile {
         file.write_all_at(&identity.encode(file.metadata()?.ino()), 0)?;
         let map = MmapOptions::new().len(regions.len as usize).map_raw(&file)?;
         let clusters = identity.geometry.clusters();
-        let live =
-            LiveFile { path: path.to_owned(), file, map, regions, clusters, made_at };
+        let live = LiveFile { path: path.to_owned(), file, map, regions, clusters, made_at };
         live.shared().checkpoints_begun.store(checkpoints, Ordering::Relaxed);
         live.shared().checkpoints_done.store(checkpoints, Ordering::Relaxed);
         Ok(live)
@@ -248,7 +247,9 @@ impl LiveFile {
     /// A reference to a `T` at an offset of the mapping.
     fn at<T>(&self, offset: u64) -> &T {
         let offset = offset as usize;
-        assert!(offset.is_multiple_of(align_of::<T>()) && offset + size_of::<T>() <= self.map.len());
+        assert!(
+            offset.is_multiple_of(align_of::<T>()) && offset + size_of::<T>() <= self.map.len()
+        );
         // SAFETY: within the mapping, which is page-aligned and lives as long as self, and aligned
         // (both asserted); every T used here consists of atomics, for which any bytes are valid
         // and which others may change at any time.

@@ -94,12 +94,8 @@ impl Space {
     pub fn settle(&self, measure: impl FnOnce() -> Option<u64>) {
         let before = self.used();
         if let Some(measured) = measure() {
-            let _ = self.used.compare_exchange(
-                before,
-                measured,
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            );
+            let _ =
+                self.used.compare_exchange(before, measured, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 

@@ -1,0 +1,407 @@
+//! A guest's read, in its coroutine: hits by `preadv2(RWF_NOWAIT)` from the image file straight
+//! into the guest's vector, fetches from the `backing` child, everything that may block in another
+//! thread while the coroutine yields.
+//!
+//! A coroutine is woken by the thread that has its result with `aio_co_wake`, which may be called
+//! before it has yielded: the wake-up is scheduled in the coroutine's own thread.
+//!
+//! Used by `driver`.
+#![allow(unsafe_code)]
+
+use std::ffi::c_int;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::time::Instant;
+
+use libc::iovec;
+use smallvec::SmallVec;
+
+use super::api;
+use super::call::field;
+use super::node::Node;
+use super::symbols::{BdrvChild, BlockDriverState, Coroutine, QEMUIOVector};
+use crate::engine::{Fetch, MAX_WAITS, Part, Step, Ticket};
+use crate::format::{ByteRange, HostOffset};
+
+/// A positive errno value.
+type Errno = c_int;
+type IoVec = SmallVec<[iovec; 8]>;
+
+/// Whether the filesystem under the caches refuses RWF_NOWAIT; worth asking only once.
+static NOWAIT_REFUSED: AtomicBool = AtomicBool::new(false);
+
+/// Reads a range of an open node into a vector, from wherever its parts are.
+///
+/// # Safety
+/// In a coroutine of QEMU's, with the graph locked for reading where there is such a lock; `bs` is
+/// the node, `qiov` has `range.len` bytes from `qiov_offset` on and outlives the call.
+pub(super) unsafe fn read(
+    node: &Node,
+    bs: *mut BlockDriverState,
+    range: ByteRange,
+    qiov: *mut QEMUIOVector,
+    qiov_offset: usize,
+) -> Result<(), Errno> {
+    node.engine().counters().reads.add(1);
+    // SAFETY: a vector of QEMU's (caller).
+    let vector = unsafe { Vector::new(qiov, qiov_offset, range) };
+    let request = Request { node, bs, vector };
+    // SAFETY: as promised by the caller.
+    unsafe { request.read(range, MAX_WAITS) }
+}
+
+/// Reads a range from the backing child alone.
+///
+/// # Safety
+/// As for [`read`].
+pub(super) unsafe fn read_base(
+    bs: *mut BlockDriverState,
+    range: ByteRange,
+    qiov: *mut QEMUIOVector,
+    qiov_offset: usize,
+) -> Result<(), Errno> {
+    // SAFETY: as promised by the caller.
+    unsafe { Vector::new(qiov, qiov_offset, range).read_base(bs, range) }
+}
+
+/// The guest's memory for a request.
+struct Vector {
+    iov: *const iovec,
+    count: usize,
+    /// Bytes of the vector before the request's first.
+    skip: u64,
+    /// Guest offset of the request's first byte.
+    start: u64,
+}
+
+impl Vector {
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn new(qiov: *mut QEMUIOVector, skip: usize, range: ByteRange) -> Self {
+        let layout = &api().layout;
+        // SAFETY: a live vector; the layout is verified.
+        unsafe {
+            Vector {
+                iov: field::<_, *const iovec>(qiov, layout.qiov_iov).read(),
+                count: field::<_, c_int>(qiov, layout.qiov_niov).read() as usize,
+                skip: skip as u64,
+                start: range.start,
+            }
+        }
+    }
+
+    /// The memory for a part of the request.
+    fn slice(&self, part: ByteRange) -> IoVec {
+        let mut skip = (self.skip + part.start - self.start) as usize;
+        let mut left = part.len as usize;
+        let mut slices = IoVec::new();
+        // SAFETY: QEMU's array of `count` elements, alive and unchanged during the request.
+        for element in unsafe { std::slice::from_raw_parts(self.iov, self.count) } {
+            if left == 0 {
+                break;
+            }
+            if skip >= element.iov_len {
+                skip -= element.iov_len;
+                continue;
+            }
+            let len = left.min(element.iov_len - skip);
+            slices.push(iovec { iov_base: element.iov_base.wrapping_byte_add(skip), iov_len: len });
+            left -= len;
+            skip = 0;
+        }
+        slices
+    }
+
+    /// Copies bytes to a part of the request.
+    fn fill(&self, part: ByteRange, mut data: &[u8]) {
+        for element in self.slice(part) {
+            let (here, rest) = data.split_at(element.iov_len.min(data.len()));
+            // SAFETY: guest memory that QEMU gave for this request, `here.len()` bytes of it, which
+            // no Rust reference points at.
+            unsafe {
+                std::ptr::copy_nonoverlapping(here.as_ptr(), element.iov_base.cast(), here.len());
+            }
+            data = rest;
+        }
+    }
+
+    fn zero(&self, part: ByteRange) {
+        for element in self.slice(part) {
+            // SAFETY: guest memory that QEMU gave for this request.
+            unsafe { std::ptr::write_bytes(element.iov_base.cast::<u8>(), 0, element.iov_len) };
+        }
+    }
+
+    /// Reads a part from the backing child; zeros where there is none.
+    ///
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn read_base(&self, bs: *mut BlockDriverState, part: ByteRange) -> Result<(), Errno> {
+        // SAFETY: as promised by the caller.
+        if !unsafe { read_backing(bs, part, &mut self.slice(part)) }? {
+            self.zero(part);
+        }
+        Ok(())
+    }
+}
+
+/// Reads from the backing child into a vector; `false` where there is none.
+///
+/// # Safety
+/// As for [`read`], the memory being good for writing `range.len` bytes.
+unsafe fn read_backing(
+    bs: *mut BlockDriverState,
+    range: ByteRange,
+    iov: &mut [iovec],
+) -> Result<bool, Errno> {
+    let api = api();
+    // SAFETY: the graph does not change while it is locked; the layout is verified.
+    let child = unsafe { field::<_, *mut BdrvChild>(bs, api.layout.bs_backing).read() };
+    if child.is_null() {
+        return Ok(false);
+    }
+    // Larger than any QEMUIOVector; the layout's size was checked when it was chosen.
+    let mut qiov = [0u64; 16];
+    assert!(api.layout.qiov_sizeof as usize <= size_of_val(&qiov));
+    let qiov = qiov.as_mut_ptr().cast::<QEMUIOVector>();
+    // SAFETY: room for a vector; the array lives until the read is done; a coroutine with the
+    // graph locked (caller).
+    let ret = unsafe {
+        (api.symbols.qemu_iovec_init_external)(qiov, iov.as_mut_ptr(), iov.len() as c_int);
+        (api.symbols.bdrv_co_preadv)(child, range.start as i64, range.len as i64, qiov, 0)
+    };
+    if ret < 0 { Err(-ret) } else { Ok(true) }
+}
+
+struct Request<'a> {
+    node: &'a Node,
+    bs: *mut BlockDriverState,
+    vector: Vector,
+}
+
+impl Request<'_> {
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn read(&self, range: ByteRange, waits: u32) -> Result<(), Errno> {
+        let engine = self.node.engine();
+        let mut later: SmallVec<[(ByteRange, Ticket); 2]> = SmallVec::new();
+        for Part { guest, step } in engine.plan(range) {
+            // SAFETY: as promised by the caller.
+            unsafe {
+                match step {
+                    Step::Hit(host) => self.hit(guest, host)?,
+                    Step::Zero => self.vector.zero(guest),
+                    Step::Fetch(fetch) => self.fetch(guest, fetch)?,
+                    Step::Base => self.base(guest)?,
+                    Step::Wait(ticket) => later.push((guest, ticket)),
+                }
+            }
+        }
+        // Others are waited for only when nothing that they may wait for is left to do here.
+        for (guest, ticket) in later {
+            // SAFETY: as promised by the caller.
+            unsafe {
+                if waits == 0 {
+                    self.base(guest)?;
+                    continue;
+                }
+                let wake = Wake::this_coroutine();
+                if engine.wait(ticket, move || wake.wake()) {
+                    yield_coroutine();
+                }
+                self.read(guest, waits - 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn base(&self, part: ByteRange) -> Result<(), Errno> {
+        let counters = self.node.engine().counters();
+        counters.base_reads.add(1);
+        counters.base_bytes.add(part.len);
+        // SAFETY: as promised by the caller.
+        unsafe { self.vector.read_base(self.bs, part) }
+    }
+
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn fetch(&self, part: ByteRange, fetch: Fetch) -> Result<(), Errno> {
+        let range = fetch.range();
+        let mut data = vec![0u8; range.len as usize];
+        let mut iov = [iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() }];
+        let started = Instant::now();
+        // SAFETY: as promised by the caller; the buffer lives on this coroutine's stack frame until
+        // the read is done.
+        unsafe { read_backing(self.bs, range, &mut iov) }?;
+        let from = (part.start - range.start) as usize;
+        if let Some(wanted) = data.get(from..from + part.len as usize) {
+            self.vector.fill(part, wanted);
+        }
+        self.node.engine().fill(fetch, data, started.elapsed());
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn hit(&self, part: ByteRange, host: HostOffset) -> Result<(), Errno> {
+        let engine = self.node.engine();
+        let fd = engine.image().file().as_raw_fd();
+        let mut rest = Rest { iov: self.vector.slice(part), at: host.0, fd };
+        // SAFETY: guest memory that QEMU gave for this request, until it completes.
+        let mut result = unsafe { rest.read_now() };
+        if matches!(result, Ok(false)) {
+            // SAFETY: the same; the coroutine does not complete before the thread is done.
+            result = unsafe { self.read_in_thread(rest) }.map(|()| true);
+        }
+        if let Err(errno) = result {
+            engine.hit_failed(&io::Error::from_raw_os_error(errno));
+            // SAFETY: as promised by the caller.
+            unsafe { self.base(part) }?;
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`read`], `rest` being memory of this request.
+    unsafe fn read_in_thread(&self, mut rest: Rest) -> Result<(), Errno> {
+        let result = Arc::new(AtomicI32::new(0));
+        let wake = Wake::this_coroutine();
+        let (mut job, told) = (rest.clone(), Arc::clone(&result));
+        let runs = self.node.engine().run_blocking(move || {
+            // SAFETY: the request, and with it its memory, waits for the wake-up below.
+            let read = unsafe { job.read_all() };
+            told.store(read.err().unwrap_or(0), Ordering::Release);
+            wake.wake();
+        });
+        if !runs {
+            // SAFETY: as promised by the caller. It blocks, where no thread can be had at all.
+            return unsafe { rest.read_all() };
+        }
+        // SAFETY: in a coroutine (caller), and the thread wakes it.
+        unsafe { yield_coroutine() };
+        match result.load(Ordering::Acquire) {
+            0 => Ok(()),
+            errno => Err(errno),
+        }
+    }
+}
+
+/// Wakes a coroutine, once.
+struct Wake(*mut Coroutine);
+
+// SAFETY: aio_co_wake may be called from any thread (block/aio.h), and nothing else is done with
+// the pointer.
+unsafe impl Send for Wake {}
+
+impl Wake {
+    fn this_coroutine() -> Self {
+        // SAFETY: reads of this driver run in coroutines.
+        Wake(unsafe { (api().symbols.qemu_coroutine_self)() })
+    }
+
+    fn wake(self) {
+        // SAFETY: the coroutine has yielded or is about to, and is woken only here.
+        unsafe { (api().symbols.aio_co_wake)(self.0) };
+    }
+}
+
+/// # Safety
+/// In a coroutine that somebody wakes.
+unsafe fn yield_coroutine() {
+    // SAFETY: as promised by the caller.
+    unsafe { (api().symbols.qemu_coroutine_yield)() };
+}
+
+/// What is still to be read from the image file, and where to.
+#[derive(Clone)]
+struct Rest {
+    iov: IoVec,
+    at: u64,
+    fd: RawFd,
+}
+
+// SAFETY: addresses of guest memory, which is good for any thread until the request completes; the
+// request waits for the thread.
+unsafe impl Send for Rest {}
+
+impl Rest {
+    /// Reads what can be had without waiting for the disk; whether that was all.
+    ///
+    /// # Safety
+    /// The memory must be good for writing.
+    unsafe fn read_now(&mut self) -> Result<bool, Errno> {
+        if NOWAIT_REFUSED.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        // SAFETY: as promised by the caller.
+        match unsafe { self.read_some(libc::RWF_NOWAIT) } {
+            Ok(()) => Ok(self.iov.is_empty()),
+            Err(libc::EAGAIN) => Ok(false),
+            Err(libc::EOPNOTSUPP) => {
+                NOWAIT_REFUSED.store(true, Ordering::Relaxed);
+                Ok(false)
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Reads all of it, waiting for the disk.
+    ///
+    /// # Safety
+    /// The memory must be good for writing.
+    unsafe fn read_all(&mut self) -> Result<(), Errno> {
+        while !self.iov.is_empty() {
+            // SAFETY: as promised by the caller.
+            unsafe { self.read_some(0) }?;
+        }
+        Ok(())
+    }
+
+    /// One system call; takes what it read off the front.
+    ///
+    /// # Safety
+    /// The memory must be good for writing.
+    unsafe fn read_some(&mut self, flags: c_int) -> Result<(), Errno> {
+        let count = self.iov.len().min(libc::UIO_MAXIOV as usize) as c_int;
+        let read = loop {
+            // SAFETY: as promised by the caller; the array has `count` elements.
+            let read = unsafe {
+                libc::preadv2(self.fd, self.iov.as_ptr(), count, self.at as libc::off_t, flags)
+            };
+            let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+            match read {
+                -1 if errno == libc::EINTR => {}
+                -1 => return Err(errno),
+                // The map never points beyond the end of the file, unless somebody cut it off.
+                0 => return Err(libc::EIO),
+                read => break read as usize,
+            }
+        };
+        self.at += read as u64;
+        let mut left = read;
+        while let Some(first) = self.iov.first_mut().filter(|first| first.iov_len > left) {
+            first.iov_base = first.iov_base.wrapping_byte_add(left);
+            first.iov_len -= left;
+            return Ok(());
+        }
+        let whole = self
+            .iov
+            .iter()
+            .take_while(|element| {
+                let taken = element.iov_len <= left;
+                left -= if taken { element.iov_len } else { 0 };
+                taken
+            })
+            .count();
+        self.iov.drain(..whole);
+        if let Some(first) = self.iov.first_mut() {
+            first.iov_base = first.iov_base.wrapping_byte_add(left);
+            first.iov_len -= left;
+        }
+        Ok(())
+    }
+}

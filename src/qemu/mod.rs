@@ -1,0 +1,17 @@
+//! QEMU's side: everything that knows QEMU, and the only room besides `live` with `unsafe`.
+//!
+//! [`register`] gets the driver into a QEMU, [`layout`] and [`symbols`] know its structures and
+//! functions, [`driver`] has the callbacks, [`node`] one open node, [`io`] the read path in a
+//! coroutine, [`call`] the small conversions between C and Rust.
+//!
+//! Used by QEMU alone; uses `engine`.
+
+mod call;
+mod driver;
+mod io;
+mod layout;
+mod node;
+mod register;
+mod symbols;
+
+use register::{Api, api};

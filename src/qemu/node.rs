@@ -1,0 +1,218 @@
+//! One open node: its engine, its length, and how it is opened and closed.
+//!
+//! Used by `driver`.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char, c_int};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::call::{field, path, set_string_field, string_field, take_choice};
+use super::layout::{verify_backing, verify_file, verify_open};
+use super::symbols::{BdrvChild, BlockDriverState, QDict, QemuError};
+use super::{Api, api};
+use crate::engine::{Engine, Options};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::BaseState;
+
+const READ_ONLY: &CStr = c"vmcache is read-only: put an overlay on top of it \
+    (driver=qcow2 with backing.driver=vmcache,backing.file.filename=CACHE), or add snapshot=on \
+    or read-only=on";
+
+/// Where a failed open stands.
+pub(super) enum OpenError {
+    /// QEMU has set its error itself; this is the negative errno.
+    Told(c_int),
+    /// To be handed to QEMU.
+    Ours(Error),
+}
+
+impl From<Error> for OpenError {
+    fn from(err: Error) -> Self {
+        OpenError::Ours(err)
+    }
+}
+
+/// What stands behind a `BlockDriverState`'s `opaque`.
+pub(super) struct Node {
+    engine: Engine,
+    /// Bytes of the disk: the base's where the cache is bypassed.
+    length: u64,
+    /// A callback panicked; the base alone is used from then on.
+    poisoned: AtomicBool,
+}
+
+impl Node {
+    /// Opens a node: options, the `file` child, the engine, the `backing` child.
+    ///
+    /// # Safety
+    /// The arguments must be those of a `bdrv_open` call.
+    pub(super) unsafe fn open(
+        bs: *mut BlockDriverState,
+        options: *mut QDict,
+        flags: c_int,
+        errp: *mut *mut QemuError,
+    ) -> std::result::Result<Node, OpenError> {
+        let api = api();
+        let symbols = &api.symbols;
+        // SAFETY: the node being opened, in its bdrv_open (caller).
+        unsafe { verify_open(api, bs, flags) }?;
+        // SAFETY: main thread, outside coroutines, graph locked.
+        let ret = unsafe {
+            api.with_graph_locked(|| {
+                (symbols.bdrv_apply_auto_read_only)(bs, READ_ONLY.as_ptr(), errp)
+            })
+        };
+        told(ret)?;
+        // SAFETY: QEMU's dictionary.
+        let (populate, bypass) = unsafe {
+            (
+                take_choice(api, options, c"populate", ["on", "off"])?,
+                take_choice(api, options, c"base-changed", ["bypass", "refuse"])?,
+            )
+        };
+        // SAFETY: main thread; all arguments are QEMU's or static.
+        told(unsafe {
+            (symbols.bdrv_open_file_child)(std::ptr::null(), options, c"file".as_ptr(), bs, errp)
+        })?;
+        // SAFETY: verified above, and the file child was opened just now.
+        let file = unsafe { cache_path(api, verify_file(api, bs)?) }?;
+        let no_io = flags & api.layout.o_no_io as c_int != 0;
+        let engine =
+            Engine::open(&file, &Options { populate: populate && !no_io, ..Options::default() })?;
+        // SAFETY: the node being opened; the layout is verified.
+        unsafe { name_base(api, bs, &engine) }?;
+        let mut node = Node {
+            length: engine.header().geometry.virtual_size(),
+            engine,
+            poisoned: AtomicBool::new(false),
+        };
+        // QEMU keeps this flag from drivers, but not from their nodes.
+        // SAFETY: the node being opened; the layout is verified.
+        let node_flags = unsafe { field::<_, c_int>(bs, api.layout.bs_open_flags).read() };
+        if node_flags & api.layout.o_no_backing as c_int == 0 {
+            // Opened here and not by QEMU afterwards, so that a changed base can fail the open.
+            // SAFETY: main thread; all arguments are QEMU's or static.
+            told(unsafe {
+                (symbols.bdrv_open_backing_file)(bs, options, c"backing".as_ptr(), errp)
+            })?;
+            // SAFETY: verified above, and the backing file was opened just now.
+            if let Some(child) = unsafe { verify_backing(api, bs) }? {
+                // SAFETY: a child of the node being opened.
+                unsafe { node.check_base(api, child, bypass) }?;
+            }
+        }
+        Ok(node)
+    }
+
+    /// Holds the base against what the cache was made from.
+    ///
+    /// # Safety
+    /// `child` must be the node's backing child; main thread, outside coroutines.
+    unsafe fn check_base(&mut self, api: &Api, child: *mut BdrvChild, bypass: bool) -> Result<()> {
+        // SAFETY: a live child and the node under it (caller).
+        let (size, file) = unsafe {
+            let base = field::<_, *mut BlockDriverState>(child, api.layout.child_bs).read();
+            ((api.symbols.bdrv_getlength)(base), local_file(api, base))
+        };
+        let size = u64::try_from(size).map_err(|_| {
+            let err = std::io::Error::from_raw_os_error(-size as i32);
+            Error::new(ErrorKind::Io, format!("could not get the length of the base: {err}"))
+        })?;
+        let BaseState::Changed(how) = self.engine.check_base(size, file.as_deref()) else {
+            return Ok(());
+        };
+        let what = format!("{how}; make a new cache with 'vmcache create --force'");
+        if !bypass {
+            return Err(Error::new(ErrorKind::Stale, what).on(self.engine.image().path()));
+        }
+        self.engine.bypass(&what);
+        self.length = size;
+        Ok(())
+    }
+
+    /// The engine.
+    pub(super) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Bytes of the disk.
+    pub(super) fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// From now on nothing but the base is used.
+    pub(super) fn poison(&self) {
+        if !self.poisoned.swap(true, Ordering::Relaxed) {
+            self.engine.bypass("an internal error (see above)");
+        }
+    }
+
+    /// Whether a callback panicked before.
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Relaxed)
+    }
+}
+
+fn told(ret: c_int) -> std::result::Result<(), OpenError> {
+    if ret < 0 { Err(OpenError::Told(ret)) } else { Ok(()) }
+}
+
+/// The name of a node's file if it is one of the host's, opened by QEMU's `file` driver, perhaps
+/// under format drivers.
+///
+/// # Safety
+/// `bs` must be a live node; main thread, outside coroutines.
+unsafe fn local_file(api: &Api, bs: *mut BlockDriverState) -> Option<PathBuf> {
+    // SAFETY: a live node (caller); the layout is verified; the graph is locked as QEMU asks.
+    let name = unsafe {
+        api.with_graph_locked(|| (api.symbols.bdrv_refresh_filename)(bs));
+        string_field(bs, api.layout.bs_exact_filename)
+    };
+    let path = path(&name);
+    // A URL is no path that exists.
+    path.is_file().then_some(path)
+}
+
+/// The path of the cache image.
+///
+/// # Safety
+/// `child` must be the file child of the node being opened.
+unsafe fn cache_path(api: &Api, child: *mut BdrvChild) -> Result<PathBuf> {
+    // SAFETY: a live child and the node under it, whose driver is registered for ever.
+    let (name, driver) = unsafe {
+        let file = field::<_, *mut BlockDriverState>(child, api.layout.child_bs).read();
+        api.with_graph_locked(|| (api.symbols.bdrv_refresh_filename)(file));
+        let driver = field::<_, *mut super::symbols::BlockDriver>(file, api.layout.bs_drv).read();
+        let format = field::<_, *const c_char>(driver, api.layout.drv_format_name).read();
+        (string_field(file, api.layout.bs_exact_filename), CStr::from_ptr(format))
+    };
+    if driver != c"file" || name.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "the cache image must be a local file; this one is opened by the '{}' driver",
+                driver.to_string_lossy()
+            ),
+        ));
+    }
+    Ok(path(&name))
+}
+
+/// Tells QEMU the base's name, as the header has it.
+///
+/// # Safety
+/// `bs` must be the node being opened.
+unsafe fn name_base(api: &Api, bs: *mut BlockDriverState, engine: &Engine) -> Result<()> {
+    let (layout, header) = (&api.layout, engine.header());
+    let strings = [
+        (layout.bs_backing_file, layout.bs_backing_file_size, &header.backing_file),
+        (layout.bs_auto_backing_file, layout.bs_auto_backing_file_size, &header.backing_file),
+        (layout.bs_backing_format, layout.bs_backing_format_size, &header.backing_format),
+    ];
+    for (offset, size, text) in strings {
+        // SAFETY: arrays of these sizes in a live node; the layout is verified.
+        unsafe { set_string_field(bs, offset, size, text) }?;
+    }
+    Ok(())
+}
