@@ -122,6 +122,11 @@ impl Core {
         }
     }
 
+    /// Stops using the cache because this open ends.
+    pub fn retire(&self) {
+        self.off.store(true, Ordering::Release);
+    }
+
     /// Stops using the cache, for everybody.
     pub fn fail(&self, reason: &str) {
         if let Some(live) = &self.live {

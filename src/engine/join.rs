@@ -45,7 +45,12 @@ pub fn join(path: &Path, options: &Options) -> Result<Core> {
         );
         return Ok(read_only(image));
     }
-    match join_live(&image) {
+    let joined = join_live(&image);
+    if joined.is_err() {
+        // Nobody may find the image in use by one who does not use it.
+        image.unlock_use();
+    }
+    match joined {
         Ok(live) => {
             let slot = SlotGuard::acquire(&live)
                 .inspect_err(|err| log::warn!("{err}; reading without adding to the cache"))
@@ -88,9 +93,14 @@ fn join_live(image: &Image) -> Result<LiveFile> {
     let identity = identity(image)?;
     let path = image.live_path();
     let alone = image.lock_use(Use::Alone)?;
-    let found = LiveFile::open(&path, &identity, image.read_checkpoints()?, true)?
+    let found = LiveFile::open(&path, &identity, || image.read_checkpoints(), true)?
         .filter(|live| !(alone && live.has_failed()));
     let live = match found {
+        Some(live) if live.has_failed() => {
+            return Err(busy(
+                "another process found it unreliable; close all users and open it again",
+            ));
+        }
         Some(live) => {
             if alone {
                 reclaim(&live, image)?;
@@ -122,6 +132,7 @@ fn make(image: &Image, identity: &LiveIdentity) -> Result<LiveFile> {
         );
         image::free_leaks(image, &scan)?;
     }
+    image::discard_unused(image, &scan);
     let checkpoints = image.read_checkpoints()?;
     let mut live = LiveFile::make(&image.live_path(), image.file(), identity, checkpoints)?;
     restore(&live, image, &scan)?;
@@ -156,8 +167,10 @@ fn restore(live: &LiveFile, image: &Image, scan: &Scan) -> Result<()> {
     set_space(live, image, scan.free_clusters(image), scan.end)
 }
 
-/// Gives back what was handed out and never used, and settles the account. Only alone.
+/// Gives back what was handed out and never used, settles the account, and sees to it that the
+/// next checkpoint has all that dead processes published. Only alone.
 fn reclaim(live: &LiveFile, image: &Image) -> Result<()> {
+    live.mark_unwritten();
     let bits = image.geometry().cluster_bits();
     let mut used: Vec<u64> = live
         .known_clusters()

@@ -11,6 +11,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::core::Core;
 use super::{checkpoint, pool};
+use crate::live::LiveFile;
 
 /// What a power cut can cost at the most.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -47,6 +48,10 @@ impl Keeper {
 }
 
 fn run(core: &Core, (stopping, wake): &(Mutex<bool>, Condvar)) {
+    if core.live().is_some_and(LiveFile::is_checkpointing) {
+        // Most likely its writer died, and leaves clusters that look leaked.
+        checkpoint::write(core, Duration::ZERO);
+    }
     let mut stop = stopping.lock();
     while !*stop {
         if wake.wait_for(&mut stop, INTERVAL).timed_out() {

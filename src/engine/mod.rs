@@ -43,7 +43,7 @@ pub use plan::{Fetch, Part, Plan, Presence, Step, Ticket};
 use pool::Pool;
 use populate::Populator;
 pub use reader::{Base, MAX_WAITS, Reader};
-pub use status::{CheckReport, ImageState, ProcessStats, Status, check};
+pub use status::{COUNTERS, CheckReport, ImageState, ProcessStats, Status, check};
 use wait::Waiter;
 
 /// How to open an engine.
@@ -132,6 +132,10 @@ impl Engine {
     /// Takes what was read from the base for a fetch: the whole of [`Fetch::range`]. Never blocks;
     /// where there is no room the bytes are not stored.
     pub fn fill(&self, fetch: Fetch, data: Vec<u8>, took: Duration) {
+        if data.len() as u64 != fetch.range().len {
+            log::error!("{} bytes for {:?} are not stored", data.len(), fetch.range());
+            return;
+        }
         self.core.note_latency(took);
         let counters = self.core.counters();
         counters.base_reads.add(1);
@@ -179,6 +183,7 @@ impl Engine {
         self.populator.stop();
         self.waiter.stop();
         checkpoint::last(&self.core);
+        self.core.retire();
         log::debug!("{}: closed in {:?}", self.core.image.path().display(), started.elapsed());
     }
 }

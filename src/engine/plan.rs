@@ -138,7 +138,7 @@ pub fn presence(core: &Core, range: ByteRange) -> (Presence, u64) {
         let (first, end) = subclusters(geometry, cluster, at, range.end());
         let (class, run_end) = run(bits, first, end);
         let here = match (class, entry.and_then(MapEntry::host)) {
-            (Class::Data, Some(host)) => {
+            (Class::Data, Some(host)) if core.image.layout().is_data_cluster(host) => {
                 Presence::Data(HostOffset(host.0 + at % geometry.cluster_size()))
             }
             (Class::Zero, _) => Presence::Zero,

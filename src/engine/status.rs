@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::populate::is_used_up;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Header;
+use crate::format::{Header, SUBCLUSTERS, SubclusterBits};
 use crate::image::{self, Access, BaseState, Image, Scan, Use};
 use crate::live::slot::{Counters, SLOTS, is_held};
 use crate::live::{LiveFile, LiveIdentity};
@@ -118,8 +118,8 @@ impl Status {
             }
             None => {
                 let scan = Scan::read(&image, |_, _| {})?;
-                for entry in scan.entries.values() {
-                    status.add(entry.bits.data(), entry.bits.zero());
+                for (cluster, entry) in &scan.entries {
+                    status.add(*cluster, entry.bits);
                 }
                 (scan.findings.into_iter().next(), false)
             }
@@ -140,16 +140,29 @@ impl Status {
         Status { state, reason, ..self }
     }
 
-    fn add(&mut self, data: u32, zero: u32) {
-        let size = self.header.geometry.subcluster_size();
-        self.cached_bytes += u64::from(data.count_ones()) * size;
-        self.zero_bytes += u64::from(zero.count_ones()) * size;
+    fn add(&mut self, cluster: u64, bits: SubclusterBits) {
+        self.cached_bytes += self.guest_bytes(cluster, bits.data());
+        self.zero_bytes += self.guest_bytes(cluster, bits.zero());
+    }
+
+    /// Bytes of the guest's disk in some subclusters of a cluster; the last one ends with the disk.
+    fn guest_bytes(&self, cluster: u64, subclusters: u32) -> u64 {
+        let geometry = &self.header.geometry;
+        if (cluster + 1) << geometry.cluster_bits() <= geometry.virtual_size() {
+            return u64::from(subclusters.count_ones()) * geometry.subcluster_size();
+        }
+        let first = cluster * u64::from(SUBCLUSTERS);
+        (0..SUBCLUSTERS)
+            .filter(|index| subclusters >> index & 1 != 0)
+            .map(|index| geometry.subcluster_range(first + u64::from(index), 1).len)
+            .sum()
     }
 
     fn read_live(&mut self, live: &LiveFile) {
-        for entry in live.known_clusters().filter_map(|cluster| live.entry(cluster)) {
-            let bits = entry.bits();
-            self.add(bits.data(), bits.zero());
+        for cluster in live.known_clusters() {
+            if let Some(entry) = live.entry(cluster) {
+                self.add(cluster, entry.bits());
+            }
         }
     }
 
@@ -190,7 +203,7 @@ fn values(counters: &Counters) -> [u64; COUNTERS.len()] {
 fn open_live(image: &Image) -> Result<Option<LiveFile>> {
     let identity = LiveIdentity::of(image.file(), image.header().cache.uuid, *image.geometry())
         .map_err(|err| Error::io("identify", image.path(), &err))?;
-    let live = LiveFile::open(&image.live_path(), &identity, image.read_checkpoints()?, false)?;
+    let live = LiveFile::open(&image.live_path(), &identity, || image.read_checkpoints(), false)?;
     Ok(live.filter(|live| !live.has_failed()))
 }
 

@@ -179,10 +179,9 @@ impl Shared {
         if !late && !(pulse && !self.core.is_alive(wait.owner)) {
             return false;
         }
-        if late {
-            log::debug!("{:?} is late with {}/{}", wait.owner, wait.cluster, wait.subcluster);
-            live.slot(wait.owner.slot()).set_stalled(wait.owner);
-        }
+        // All its claims break at the next look, not each after a wait of its own.
+        live.slot(wait.owner.slot()).set_stalled(wait.owner);
+        log::debug!("{:?} is dead or late with {}/{}", wait.owner, wait.cluster, wait.subcluster);
         if claim.break_claim(held) {
             live.event().ring();
         }

@@ -59,7 +59,7 @@ pub(super) struct Callbacks {
     ) -> c_int,
     /// `bdrv_co_block_status`: coroutine. (node, what the caller wants, offset, bytes, out bytes,
     /// out offset in the file, out node); `BDRV_BLOCK_` flags or a negative errno. The second
-    /// argument is a `bool` or flags, depending on the series: see [`Api::wants_zero`].
+    /// argument is a `bool` or flags, depending on the series (`block_status_has_mode`).
     pub(super) co_block_status: unsafe extern "C" fn(
         *mut BlockDriverState,
         c_uint,
@@ -95,17 +95,6 @@ unsafe impl Send for Api {}
 unsafe impl Sync for Api {}
 
 impl Api {
-    /// Whether the caller of `bdrv_co_block_status` wants zeros told from data, whichever type
-    /// the second argument has in this series.
-    pub(crate) fn wants_zero(&self, argument: c_uint) -> bool {
-        if self.layout.block_status_has_mode == 0 {
-            // A C bool fills the lowest byte of the register, no more.
-            argument as u8 != 0
-        } else {
-            argument & self.layout.block_zero != 0
-        }
-    }
-
     /// Runs `f` with the block graph locked for reading, where the series has that lock.
     ///
     /// # Safety

@@ -1,0 +1,252 @@
+//! Warm reads side by side: what one unmodified QEMU makes of 4 KiB random reads whose data is in
+//! the page cache, through raw (threads and io_uring), qcow2 (io_uring) and vmcache.
+//!
+//! `cargo bench --bench warm_read` runs `qemu-img bench` on each in turn, several rounds, and prints
+//! medians, their spread, and how many times vmcache's figure is of the others'. Options after
+//! `--`: `--rounds N`, `--reads N`, `--json FILE`. `QEMU_IMG` names another qemu-img.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rand::{RngCore, SeedableRng, rngs::SmallRng};
+use vmcache::engine::{Engine, Options, Reader};
+use vmcache::format::{BaseIdentity, Geometry};
+use vmcache::image::{CreateOptions, create};
+
+const IMAGE: u64 = 512 << 20;
+const DEPTHS: [u32; 3] = [1, 16, 64];
+/// A stride of 252 blocks visits all blocks of the image in an order that no read-ahead guesses.
+const STRIDE: u64 = 252 * 4096;
+
+struct Candidate {
+    name: &'static str,
+    arguments: Vec<OsString>,
+    preload: bool,
+}
+
+struct Settings {
+    rounds: usize,
+    reads: u64,
+    json: Option<PathBuf>,
+    qemu_img: OsString,
+    library: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let settings = settings()?;
+    let directory = tempfile::tempdir_in(".")?;
+    let candidates = prepare(directory.path(), &settings)?;
+    let mut results = Vec::new();
+    for depth in DEPTHS {
+        let mut seconds = vec![Vec::new(); candidates.len()];
+        for _ in 0..settings.rounds {
+            for (candidate, seconds) in candidates.iter().zip(&mut seconds) {
+                seconds.push(run(&settings, candidate, depth)?.as_secs_f64());
+            }
+        }
+        results.push((depth, seconds));
+    }
+    print(&settings, &candidates, &results);
+    match &settings.json {
+        Some(path) => write_json(path, &settings, &candidates, &results),
+        None => Ok(()),
+    }
+}
+
+fn settings() -> Result<Settings> {
+    let mut settings = Settings {
+        rounds: 5,
+        reads: 200_000,
+        json: None,
+        qemu_img: std::env::var_os("QEMU_IMG").unwrap_or_else(|| "qemu-img".into()),
+        library: library()?,
+    };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().with_context(|| format!("{argument} needs a value"));
+        match argument.as_str() {
+            // What cargo itself adds.
+            "--bench" => {}
+            "--rounds" => settings.rounds = value()?.parse().context("--rounds")?,
+            "--reads" => settings.reads = value()?.parse().context("--reads")?,
+            "--json" => settings.json = Some(value()?.into()),
+            _ => bail!("unknown option {argument}; there are --rounds N, --reads N, --json FILE"),
+        }
+    }
+    ensure!(settings.rounds > 0 && settings.reads > 0, "--rounds and --reads start at 1");
+    Ok(settings)
+}
+
+/// The library that belongs to this build.
+fn library() -> Result<PathBuf> {
+    let here = std::env::current_exe()?;
+    here.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|directory| directory.join("libvmcache.so"))
+        .find(|path| path.exists())
+        .context("libvmcache.so is not beside this benchmark; run it with cargo bench")
+}
+
+/// Makes the images, all with the same random data, all of it in the page cache.
+fn prepare(directory: &Path, settings: &Settings) -> Result<Vec<Candidate>> {
+    let raw = directory.join("base.raw");
+    let qcow2 = directory.join("base.qcow2");
+    let cache = directory.join("cache.qcow2");
+    let mut random = SmallRng::seed_from_u64(1);
+    let mut data = vec![0; 1 << 20];
+    let mut file = File::create(&raw)?;
+    for _ in 0..IMAGE >> 20 {
+        random.fill_bytes(&mut data);
+        file.write_all(&data)?;
+    }
+    // Nothing is to be written back while it is measured.
+    file.sync_all()?;
+    let convert = Command::new(&settings.qemu_img)
+        .args(["convert", "-f", "raw", "-O", "qcow2"])
+        .args([&raw, &qcow2])
+        .status()
+        .with_context(|| format!("could not run {}", settings.qemu_img.display()))?;
+    ensure!(convert.success(), "qemu-img convert failed");
+    File::open(&qcow2)?.sync_all()?;
+    fill(&cache, &raw)?;
+    for path in [&raw, &qcow2, &cache] {
+        std::fs::read(path)?;
+    }
+    let plain = |path: &Path, format: &str, aio: &str| {
+        let words = ["-f", format, "-i", aio];
+        words.iter().map(OsString::from).chain([path.into()]).collect()
+    };
+    let mut file = OsString::from("driver=vmcache,file.filename=");
+    file.push(cache);
+    Ok(vec![
+        Candidate { name: "raw threads", arguments: plain(&raw, "raw", "threads"), preload: false },
+        Candidate {
+            name: "raw io_uring",
+            arguments: plain(&raw, "raw", "io_uring"),
+            preload: false,
+        },
+        Candidate {
+            name: "qcow2 io_uring",
+            arguments: plain(&qcow2, "qcow2", "io_uring"),
+            preload: false,
+        },
+        Candidate { name: "vmcache", arguments: vec!["--image-opts".into(), file], preload: true },
+    ])
+}
+
+/// Makes a cache image and reads all of the base through it.
+fn fill(cache: &Path, raw: &Path) -> Result<()> {
+    create(
+        cache,
+        &CreateOptions {
+            backing_file: raw.to_str().context("the path is not text")?.to_owned(),
+            backing_format: "raw".to_owned(),
+            geometry: Geometry::with_cluster_size(128 << 10, IMAGE)?,
+            quota: None,
+            base: BaseIdentity::default(),
+            mode: 0o600,
+            force: false,
+        },
+    )?;
+    // The queue takes all of it, so that nothing is dropped.
+    let options = Options { queue_bytes: IMAGE * 2, ..Options::default() };
+    let engine = std::sync::Arc::new(Engine::open(cache, &options)?);
+    let base = File::open(raw)?;
+    let reader = Reader::new(engine, move |buf: &mut [u8], offset| {
+        std::os::unix::fs::FileExt::read_exact_at(&base, buf, offset)
+    });
+    let mut data = vec![0; 2 << 20];
+    for offset in (0..IMAGE).step_by(data.len()) {
+        reader.read(&mut data, offset)?;
+    }
+    Ok(())
+}
+
+fn run(settings: &Settings, candidate: &Candidate, depth: u32) -> Result<Duration> {
+    let mut command = Command::new(&settings.qemu_img);
+    command
+        .arg("bench")
+        .args(["-s", "4096", "-S", &STRIDE.to_string()])
+        .args(["-c", &settings.reads.to_string(), "-d", &depth.to_string()])
+        .args(&candidate.arguments);
+    if candidate.preload {
+        command.env("LD_PRELOAD", &settings.library);
+    }
+    let output = command.output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(
+        output.status.success(),
+        "qemu-img bench on {} failed: {}",
+        candidate.name,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    text.split_whitespace()
+        .rev()
+        .find_map(|word| word.parse().ok())
+        .map(Duration::from_secs_f64)
+        .with_context(|| format!("qemu-img bench printed no time: {text}"))
+}
+
+fn median(seconds: &[f64]) -> f64 {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+}
+
+/// Half the distance between the fastest and the slowest, of the median, in percent.
+fn spread(seconds: &[f64]) -> f64 {
+    let (least, most) =
+        seconds.iter().fold((f64::MAX, 0f64), |(least, most), s| (least.min(*s), most.max(*s)));
+    (most - least) / 2.0 / median(seconds) * 100.0
+}
+
+fn print(settings: &Settings, candidates: &[Candidate], results: &[(u32, Vec<Vec<f64>>)]) {
+    println!(
+        "4 KiB random reads, page-cached, {} reads a run, median of {} rounds",
+        settings.reads, settings.rounds
+    );
+    println!("{:>5}  {:<16}{:>12}{:>9}{:>20}", "depth", "", "IOPS", "spread", "vmcache is times");
+    for (depth, seconds) in results {
+        let ours = seconds.last().map_or(f64::NAN, |seconds| median(seconds));
+        for (candidate, seconds) in candidates.iter().zip(seconds) {
+            println!(
+                "{depth:>5}  {:<16}{:>12.0}{:>7.1} %{:>20.2}",
+                candidate.name,
+                settings.reads as f64 / median(seconds),
+                spread(seconds),
+                median(seconds) / ours,
+            );
+        }
+    }
+}
+
+fn write_json(
+    path: &Path,
+    settings: &Settings,
+    candidates: &[Candidate],
+    results: &[(u32, Vec<Vec<f64>>)],
+) -> Result<()> {
+    let rows: Vec<_> = results
+        .iter()
+        .flat_map(|(depth, all)| {
+            candidates.iter().zip(all).map(move |(candidate, seconds)| {
+                serde_json::json!({
+                    "depth": depth,
+                    "driver": candidate.name,
+                    "seconds": seconds,
+                    "iops": settings.reads as f64 / median(seconds),
+                })
+            })
+        })
+        .collect();
+    let report =
+        serde_json::json!({ "reads": settings.reads, "block-size": 4096, "results": rows });
+    Ok(std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?)
+}
