@@ -8,7 +8,7 @@
 //! | `qemu` | QEMU's side: the layout of its structures, its functions, the driver's callbacks |
 //! | [`engine`] | the core as the outside sees it: plan a read, take what was fetched, checkpoint |
 //! | [`image`] and [`live`] | one cache image on disk; the state its users share in memory |
-//! | [`format`] | bytes and types of the qcow2 file |
+//! | [`mod@format`] | bytes and types of the qcow2 file |
 //! | [`lock`], [`error`] | byte locks that cross processes; the one error type |
 //!
 //! The command line (`src/bin/vmcache`) stands beside `qemu`, on the engine.

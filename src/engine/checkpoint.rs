@@ -13,13 +13,19 @@
 //! Nothing on disk ever refers to what may not be there: a cut between 3 and 4 leaves clusters with
 //! a refcount and no reference, leaks, which the next open gives back. An L2 entry lies within one
 //! sector and only gains bits. Whoever holds the lock on byte 402 of the image does this, for all
-//! processes; when it dies, the next one does it again from the same state.
+//! processes. Before it takes the first mark it says so in the live file; when it dies with marks in
+//! its hands, the next one looks at everything that is not on disk and does it again.
+//!
+//! The blocks of the tables count against the quota before they are there: as marked groups, from
+//! the taking of the mark on as bytes on their way (see `slot`), and from step 1 on as part of the
+//! file.
 //!
 //! A failed sync means that the kernel may have dropped data that readers were promised: from then
 //! on nobody relies on the image, until it is opened anew.
 //!
 //! Used by `Engine` on close and by `keeper`.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -28,7 +34,7 @@ use super::populate;
 use crate::error::Result;
 use crate::format::{HostOffset, L2Entry};
 use crate::image::Image;
-use crate::live::LiveFile;
+use crate::live::{LiveFile, Slot};
 
 /// How long a closing process waits for another one's checkpoint.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
@@ -36,11 +42,18 @@ const BLOCK: u64 = 4096;
 
 /// Writes a checkpoint if there is anything to write and nobody else is at it.
 pub fn write(core: &Core, patience: Duration) {
-    let Some(live) = core.active().filter(|live| core.populates() && live.is_dirty()) else {
+    let due = |live: &LiveFile| live.is_dirty() || live.is_checkpointing();
+    let (Some(live), Some(slot)) = (core.active(), core.slot()) else { return };
+    if !core.populates() || !due(live) {
         return;
-    };
+    }
     let result = match core.image.lock_checkpoint(patience) {
-        Ok(Some(_lock)) => Checkpoint::collect(live).write(core, live),
+        Ok(Some(_lock)) => {
+            live.enter_checkpoint();
+            let written = Checkpoint::collect(live, slot).write(core, live);
+            live.leave_checkpoint();
+            written
+        }
         Ok(None) => Ok(()),
         Err(err) => Err(err),
     };
@@ -55,9 +68,33 @@ pub fn last(core: &Core) {
 }
 
 /// What a checkpoint is about to write.
-struct Checkpoint {
+struct Checkpoint<'a> {
     groups: Vec<u64>,
     changes: Vec<Change>,
+    tables: Announced<'a>,
+}
+
+/// Bytes of tables that are about to be allocated.
+struct Announced<'a> {
+    slot: &'a Slot,
+    bytes: Cell<u64>,
+}
+
+impl Announced<'_> {
+    fn add(&self, bytes: u64) {
+        self.slot.begin_write(bytes);
+        self.bytes.set(self.bytes.get() + bytes);
+    }
+
+    fn end(&self) {
+        self.slot.end_write(self.bytes.take());
+    }
+}
+
+impl Drop for Announced<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
 }
 
 struct Change {
@@ -67,10 +104,12 @@ struct Change {
     new_place: bool,
 }
 
-impl Checkpoint {
-    fn collect(live: &LiveFile) -> Self {
-        let mut checkpoint = Checkpoint { groups: Vec::new(), changes: Vec::new() };
-        for group in 0..live.group_count() {
+impl<'a> Checkpoint<'a> {
+    fn collect(live: &LiveFile, slot: &'a Slot) -> Self {
+        let tables = Announced { slot, bytes: Cell::new(0) };
+        let mut checkpoint = Checkpoint { groups: Vec::new(), changes: Vec::new(), tables };
+        for group in live.dirty_groups() {
+            checkpoint.tables.add(populate::GROUP_TABLES);
             let Some(clusters) = live.take_dirty(group) else { continue };
             checkpoint.groups.push(clusters.start);
             for cluster in clusters {
@@ -88,12 +127,12 @@ impl Checkpoint {
         checkpoint
     }
 
-    fn write(&self, core: &Core, live: &LiveFile) -> Result<()> {
+    fn write(self, core: &Core, live: &LiveFile) -> Result<()> {
         let written = self.write_tables(core, live);
         match &written {
             Ok(()) => {
                 core.counters().checkpoints.add(1);
-                populate::settle(core);
+                populate::settle(core, 0);
             }
             // Still to be done, by whoever comes next.
             Err(_) => self.groups.iter().for_each(|cluster| live.mark_dirty(*cluster)),
@@ -117,6 +156,7 @@ impl Checkpoint {
             let bytes = (run.end - run.start) * 2;
             allocate_blocks(image, layout.refcount_offset(run.start), bytes)?;
         }
+        self.tables.end();
         let number = live.begin_checkpoint();
         sync(core)?;
         for run in &refcounts {

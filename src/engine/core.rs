@@ -155,10 +155,10 @@ impl Core {
 
     /// Makes sure that a cluster has a map entry; where that fails storing pauses.
     pub fn ensure(&self, cluster: u64) {
-        if let Some(live) = self.active() {
-            if let Err(err) = live.ensure(cluster) {
-                self.store_failed(&format!("could not extend the live file: {err}"));
-            }
+        if let Some(live) = self.active()
+            && let Err(err) = live.ensure(cluster)
+        {
+            self.store_failed(&format!("could not extend the live file: {err}"));
         }
     }
 

@@ -193,3 +193,6 @@ impl Drop for Engine {
         self.close();
     }
 }
+
+#[cfg(test)]
+mod tests;

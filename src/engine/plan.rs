@@ -302,10 +302,10 @@ impl Planner<'_> {
     }
 
     fn let_go(&self, live: &LiveFile, claim: &Claim) {
-        if let Some(me) = self.core.owner() {
-            if claim.release(me) {
-                live.event().ring();
-            }
+        if let Some(me) = self.core.owner()
+            && claim.release(me)
+        {
+            live.event().ring();
         }
     }
 
@@ -319,12 +319,13 @@ impl Planner<'_> {
     fn push_fetch(&mut self, cluster: u64, subcluster: u32, bytes: ByteRange) {
         let number = cluster * u64::from(SUBCLUSTERS) + u64::from(subcluster);
         let most = (FETCH_MAX >> self.geometry.subcluster_bits()).max(1);
-        if let Some(Part { guest, step: Step::Fetch(fetch) }) = self.plan.last_mut() {
-            if fetch.first + fetch.count == number && fetch.count < most {
-                fetch.count += 1;
-                guest.len += bytes.len;
-                return;
-            }
+        if let Some(Part { guest, step: Step::Fetch(fetch) }) = self.plan.last_mut()
+            && fetch.first + fetch.count == number
+            && fetch.count < most
+        {
+            fetch.count += 1;
+            guest.len += bytes.len;
+            return;
         }
         let fetch = Fetch { core: Arc::clone(self.core), first: number, count: 1 };
         self.plan.push(Part { guest: bytes, step: Step::Fetch(fetch) });

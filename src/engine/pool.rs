@@ -4,12 +4,13 @@
 //!
 //! Used by `Engine`.
 
+use std::collections::VecDeque;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use parking_lot::{Condvar, Mutex};
 
 /// As many requests as QEMU's own thread pool would have under way at once.
 const MOST_THREADS: usize = 64;
@@ -19,75 +20,91 @@ const STACK: usize = 128 << 10;
 /// Something to do in a thread that may block.
 pub type Job = Box<dyn FnOnce() + Send>;
 
-/// An elastic pool of threads.
-#[derive(Debug)]
+/// An elastic pool of threads. What is queued when it is dropped is still done.
+#[derive(Debug, Default)]
 pub struct Pool {
-    jobs: Sender<Job>,
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Shared {
-    queue: Receiver<Job>,
-    threads: AtomicUsize,
-    /// Jobs that were handed over and not finished.
-    unfinished: AtomicUsize,
+    state: Mutex<State>,
+    came: Condvar,
 }
 
-impl Default for Pool {
-    fn default() -> Self {
-        let (jobs, queue) = unbounded();
-        let (threads, unfinished) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Pool { jobs, shared: Arc::new(Shared { queue, threads, unfinished }) }
+#[derive(Default)]
+struct State {
+    queue: VecDeque<Job>,
+    threads: usize,
+    /// Threads that wait for a job and that no job was meant for yet.
+    idle: usize,
+    closed: bool,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "State({} jobs, {} of {} threads idle)",
+            self.queue.len(),
+            self.idle,
+            self.threads
+        )
     }
 }
 
 impl Pool {
     /// Runs a job soon, in another thread; `false`, and the job dropped, where none can be had.
     pub fn run(&self, job: Job) -> bool {
-        let threads = self.shared.threads.load(Ordering::Relaxed);
-        let unfinished = self.shared.unfinished.fetch_add(1, Ordering::Relaxed) + 1;
-        let started = unfinished > threads && threads < MOST_THREADS && self.start();
-        // The receiver lives in `shared`, so sending only fails with the pool itself.
-        if (threads > 0 || started) && self.jobs.send(job).is_ok() {
-            return true;
+        let mut state = self.shared.state.lock();
+        if state.queue.len() >= state.idle && state.threads < MOST_THREADS {
+            let shared = Arc::clone(&self.shared);
+            let started = spawn("vmcache-io", STACK, move || shared.work());
+            state.threads += usize::from(started);
         }
-        self.shared.unfinished.fetch_sub(1, Ordering::Relaxed);
-        false
+        if state.threads == 0 {
+            return false;
+        }
+        state.queue.push_back(job);
+        drop(state);
+        self.shared.came.notify_one();
+        true
     }
+}
 
-    fn start(&self) -> bool {
-        let shared = Arc::clone(&self.shared);
-        shared.threads.fetch_add(1, Ordering::Relaxed);
-        let started = spawn("vmcache-io", STACK, move || shared.work());
-        if !started {
-            self.shared.threads.fetch_sub(1, Ordering::Relaxed);
-        }
-        started
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.state.lock().closed = true;
+        self.shared.came.notify_all();
     }
 }
 
 impl Shared {
     fn work(&self) {
-        loop {
-            match self.queue.recv_timeout(IDLE) {
-                Ok(job) => {
-                    job();
-                    self.unfinished.fetch_sub(1, Ordering::Relaxed);
-                }
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.threads.fetch_sub(1, Ordering::SeqCst);
-                    // A job that came between the timeout and the line above counted on this
-                    // thread.
-                    if self.queue.is_empty() {
-                        return;
-                    }
-                    self.threads.fetch_add(1, Ordering::SeqCst);
-                }
+        while let Some(job) = self.next() {
+            // A job that panics costs its request, not the thread that others count on.
+            if panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
+                log::error!("a job panicked");
             }
         }
-        self.threads.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The next job; `None`, and the thread is no longer counted, when there was none for a while
+    /// or there will be none any more.
+    fn next(&self) -> Option<Job> {
+        let mut state = self.state.lock();
+        state.idle += 1;
+        let mut waited = false;
+        let job = loop {
+            let job = state.queue.pop_front();
+            if job.is_some() || state.closed || waited {
+                break job;
+            }
+            waited = self.came.wait_for(&mut state, IDLE).timed_out();
+        };
+        state.idle -= 1;
+        state.threads -= usize::from(job.is_none());
+        job
     }
 }
 
@@ -108,10 +125,8 @@ pub fn start(
     let blocked =
         pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before)).is_ok();
     let started = thread::Builder::new().name(name.into()).stack_size(stack).spawn(body);
-    if blocked {
-        if let Err(err) = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None) {
-            log::warn!("could not restore the signal mask: {err}");
-        }
+    if blocked && let Err(err) = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None) {
+        log::warn!("could not restore the signal mask: {err}");
     }
     started.map_err(|err| log::warn!("could not start thread {name}: {err}")).ok()
 }

@@ -26,7 +26,7 @@ use crate::live::{LiveFile, MapEntry};
 const STACK: usize = 256 << 10;
 /// Bytes of tables that the first data in a group of clusters adds: a block of L2 entries and,
 /// seldom, one of refcounts.
-const GROUP_TABLES: u64 = 4096;
+pub const GROUP_TABLES: u64 = 4096;
 
 /// The queue and the thread behind it.
 #[derive(Debug)]
@@ -147,14 +147,26 @@ impl Store<'_> {
         }
         let given = full | zero;
         let present = entry.bits().present();
-        entry.publish(SubclusterBits::new(0, zero & !present));
+        zero &= !present;
         full &= !present;
-        let written =
-            if full == 0 { Ok(()) } else { self.write(cluster, entry, start, full, data) };
-        // Also after an error: zeros may have been published.
-        self.live.mark_dirty(cluster);
-        written?;
+        if zero != 0 {
+            self.publish_zeros(cluster, entry, zero);
+        }
+        if full != 0 {
+            self.write(cluster, entry, start, full, data)?;
+        }
         Ok(u64::from((entry.bits().present() & given).count_ones()))
+    }
+
+    /// Publishes zero subclusters (a mask), if the quota allows the tables that say so.
+    fn publish_zeros(&self, cluster: u64, entry: &MapEntry, zero: u32) {
+        let tables = self.tables_for(cluster, entry);
+        let taken = if tables == 0 { 0 } else { self.take(0, tables, tables) };
+        if taken == tables {
+            entry.publish(SubclusterBits::new(0, zero));
+            self.live.mark_dirty(cluster);
+        }
+        self.slot.end_write(taken);
     }
 
     /// Writes and publishes data subclusters (a mask), as many as the quota allows.
@@ -166,7 +178,7 @@ impl Store<'_> {
         wanted: u32,
         data: &[u8],
     ) -> Result<()> {
-        let Some((mask, reserved)) = self.reserve(entry, wanted)? else { return Ok(()) };
+        let Some((mask, reserved)) = self.reserve(cluster, entry, wanted)? else { return Ok(()) };
         let written = self.place(entry).and_then(|host| {
             let size = self.image.geometry().subcluster_size();
             let mut left = mask;
@@ -182,9 +194,11 @@ impl Store<'_> {
                 left &= !(u32::MAX >> (u32::BITS - len) << first);
             }
             entry.publish(SubclusterBits::new(mask, 0));
+            self.live.mark_dirty(cluster);
             Ok(())
         });
-        // After an error the bytes stay taken, though not all were written, until they are settled.
+        // Not before the mark is set, which counts for the tables from here on. After an error the
+        // bytes stay taken, though not all were written, until they are settled.
         self.slot.end_write(reserved);
         log::trace!("stored {mask:#010x} of cluster {cluster}");
         written
@@ -212,11 +226,10 @@ impl Store<'_> {
 
     /// Takes the bytes of subclusters out of the quota. Gives those that fit, and what was taken;
     /// the caller owes [`Slot::end_write`]. `None` where nothing fits.
-    fn reserve(&self, entry: &MapEntry, wanted: u32) -> Result<Option<(u32, u64)>> {
-        let Some(quota) = self.image.header().cache.quota else {
+    fn reserve(&self, cluster: u64, entry: &MapEntry, wanted: u32) -> Result<Option<(u32, u64)>> {
+        if self.image.header().cache.quota.is_none() {
             return Ok(Some((wanted, 0)));
-        };
-        let space = self.live.space();
+        }
         let failed = |err| Error::io("examine", self.image.path(), &err);
         let unit = self.image.allocation_unit().map_err(failed)?;
         let grain = self.image.geometry().subcluster_size().max(unit);
@@ -226,30 +239,47 @@ impl Store<'_> {
             .filter(|mask| *mask != 0)
             .collect();
         // The filesystem's own tables count as well: some bytes for each run.
-        let overhead = 64 + if entry.host().is_none() { GROUP_TABLES } else { 0 };
-        let bytes = grains.len() as u64 * grain;
+        let runs = u64::from((wanted & !(wanted << 1)).count_ones());
+        let overhead = 64 * runs + self.tables_for(cluster, entry);
+        let got = self.take(overhead, grains.len() as u64 * grain, grain);
+        let fits = got.saturating_sub(overhead) / grain;
+        let mask = grains.iter().take(fits as usize).fold(0, |mask, grain| mask | grain);
+        Ok((mask != 0).then_some((mask, got)))
+    }
+
+    /// Bytes of tables that the next checkpoint has to allocate when something is published in a
+    /// cluster, as far as nothing else has accounted for them.
+    fn tables_for(&self, cluster: u64, entry: &MapEntry) -> u64 {
+        let limited = self.image.header().cache.quota.is_some();
+        let new = entry.on_disk().present() == 0 && !self.live.is_marked(cluster);
+        if limited && new { GROUP_TABLES } else { 0 }
+    }
+
+    /// Takes up to `bytes` in multiples of `unit`, and `overhead`, out of the quota. Gives what it
+    /// got, which the caller owes [`Slot::end_write`].
+    fn take(&self, overhead: u64, bytes: u64, unit: u64) -> u64 {
+        let Some(quota) = self.image.header().cache.quota else { return 0 };
+        let space = self.live.space();
         let limit = quota.saturating_sub(slack(quota));
+        let wanted = overhead + bytes;
         // Announced before it is taken, so that whoever settles meanwhile sees it.
-        self.slot.begin_write(overhead + bytes);
-        let mut got = space.reserve(overhead, bytes, grain, limit);
-        if got != Some(overhead + bytes) {
+        self.slot.begin_write(wanted);
+        let mut got = space.reserve(overhead, bytes, unit, limit);
+        if got != Some(wanted) {
             if let Some(partly) = got {
                 space.give_back(partly);
             }
-            settle(self.core);
-            got = space.reserve(overhead, bytes, grain, limit);
+            settle(self.core, wanted);
+            got = space.reserve(overhead, bytes, unit, limit);
         }
-        let got_bytes = got.unwrap_or(0);
-        self.slot.end_write(overhead + bytes - got_bytes);
-        if got != Some(overhead + bytes) && !space.set_full(true) {
+        self.slot.end_write(wanted - got.unwrap_or(0));
+        if got != Some(wanted) && !space.set_full(true) {
             log::warn!(
                 "{}: the quota of {quota} bytes is reached; the rest is read from the base",
                 self.image.path().display()
             );
         }
-        let fits = got_bytes.saturating_sub(overhead) / grain;
-        let mask = grains.iter().take(fits as usize).fold(0, |mask, grain| mask | grain);
-        Ok((mask != 0).then_some((mask, got_bytes)))
+        got.unwrap_or(0)
     }
 }
 
@@ -258,17 +288,20 @@ fn slack(quota: u64) -> u64 {
     (quota / 256).max(64 << 10)
 }
 
-/// Puts the account of used bytes right from what the file occupies.
-pub fn settle(core: &Core) {
+/// Puts the account of used bytes right from what the file occupies. `own` bytes were announced by
+/// the caller and are not taken yet.
+pub fn settle(core: &Core, own: u64) {
     let Some(live) = core.active() else { return };
     live.space().settle(|| {
         // In this order: a write that ends in between is counted twice, never not at all.
         let in_flight = (0..SLOTS)
             .map(|index| (index, live.slot(index).in_flight()))
             .filter(|(index, bytes)| *bytes != 0 && core.is_slot_held(*index))
-            .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(bytes));
+            .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(bytes))
+            .saturating_sub(own);
+        let tables = live.dirty_groups().count() as u64 * GROUP_TABLES;
         let occupied = core.image.occupied().ok()?;
-        Some(occupied.saturating_add(in_flight) + live.dirty_groups() * GROUP_TABLES)
+        Some(occupied.saturating_add(in_flight).saturating_add(tables))
     });
 }
 

@@ -86,7 +86,6 @@ impl<B: Base> Reader<B> {
         }
         for (here, guest, ticket) in later {
             if waits == 0 {
-                drop(ticket);
                 self.read_base(here, guest.start)?;
                 continue;
             }

@@ -176,7 +176,8 @@ impl Shared {
             return true;
         };
         let late = now >= wait.deadline;
-        if !late && !(pulse && !self.core.is_alive(wait.owner)) {
+        let dead = pulse && !self.core.is_alive(wait.owner);
+        if !late && !dead {
             return false;
         }
         // All its claims break at the next look, not each after a wait of its own.

@@ -14,6 +14,8 @@ const MIN_CLUSTER_BITS: u32 = 14;
 const MAX_CLUSTER_BITS: u32 = 21;
 /// QEMU refuses L1 tables above 32 MiB (`QCOW_MAX_L1_SIZE`), eight bytes an entry.
 const MAX_L1_ENTRIES: u64 = (32 << 20) / 8;
+/// Largest disk, 1 PiB.
+const MAX_VIRTUAL_SIZE: u64 = 1 << 50;
 /// QEMU counts in 512-byte sectors, so a disk is a whole number of them.
 pub const SECTOR: u64 = 512;
 
@@ -57,7 +59,7 @@ impl Geometry {
                 format!("cluster size of 2^{cluster_bits} bytes; supported are 16 KiB to 2 MiB"),
             ));
         }
-        if virtual_size == 0 || virtual_size % SECTOR != 0 {
+        if virtual_size == 0 || !virtual_size.is_multiple_of(SECTOR) {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!("virtual size of {virtual_size} bytes is not a positive multiple of 512"),
@@ -72,6 +74,13 @@ impl Geometry {
                      use a larger cluster_size",
                     geometry.cluster_size()
                 ),
+            ));
+        }
+        // Far beyond any disk; what matters is that every host offset fits into an L2 entry.
+        if virtual_size > MAX_VIRTUAL_SIZE {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("virtual size of {virtual_size} bytes; at most 2^50 are supported"),
             ));
         }
         Ok(geometry)

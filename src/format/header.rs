@@ -164,7 +164,7 @@ impl Header {
         if unknown != 0 {
             return unsupported(format!("unknown incompatible feature bits {unknown:#x}"));
         }
-        if header_length < 104 || header_length % 8 != 0 || header_length > HEADER_MAX {
+        if header_length < 104 || !header_length.is_multiple_of(8) || header_length > HEADER_MAX {
             return damaged(format!("header length of {header_length} bytes"));
         }
         let extensions = Extensions::read(bytes, header_length)?;

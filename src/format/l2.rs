@@ -82,7 +82,7 @@ impl L2Entry {
             return Err(damaged("has reserved bits set"));
         }
         let offset = descriptor & OFFSET_MASK;
-        if offset % geometry.cluster_size() != 0 {
+        if !offset.is_multiple_of(geometry.cluster_size()) {
             return Err(damaged("has a host offset that is not aligned to a cluster"));
         }
         let copied = descriptor & COPIED != 0;

@@ -107,6 +107,13 @@ impl Layout {
             .collect()
     }
 
+    /// The same up to the end of the table's last cluster, which is as far as QEMU reads it.
+    pub fn encode_whole_refcount_table(&self) -> Vec<u8> {
+        let mut table = self.encode_refcount_table();
+        table.resize((self.refcount_table_clusters as usize) << self.cluster_bits, 0);
+        table
+    }
+
     /// The L1 table: each L2 table's offset with the COPIED flag, big-endian.
     pub fn encode_l1_table(&self) -> Vec<u8> {
         (0..self.data - self.l2_tables)
@@ -116,7 +123,7 @@ impl Layout {
 
     /// Whether a cluster of data may lie at this host offset.
     pub fn is_data_cluster(&self, host: HostOffset) -> bool {
-        host.0 % (1 << self.cluster_bits) == 0
+        host.0.is_multiple_of(1 << self.cluster_bits)
             && (self.offset(self.data).0..self.offset(self.end).0).contains(&host.0)
     }
 }

@@ -13,7 +13,7 @@ mod l2;
 mod layout;
 
 pub use extension::{BaseIdentity, CacheExtension};
-pub use geometry::{ByteRange, Geometry, GuestOffset, HostOffset, SUBCLUSTERS};
+pub use geometry::{ByteRange, Geometry, GuestOffset, HostOffset, SECTOR, SUBCLUSTERS};
 pub use header::{HEADER_MAX, Header};
 pub use l2::{L2Entry, SubclusterBits};
 pub use layout::Layout;

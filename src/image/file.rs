@@ -19,6 +19,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -190,6 +191,25 @@ impl Image {
         }
     }
 
+    /// Gives the blocks under clusters of the file back to the filesystem, and those beyond `end`,
+    /// where it can do that. All in clusters.
+    pub fn discard(&self, runs: impl Iterator<Item = Range<u64>>, end: u64) -> Result<()> {
+        let failed = |err: io::Error| Error::io("discard clusters of", &self.path, &err);
+        let end = self.layout.offset(end).0;
+        if self.file.metadata().map_err(failed)?.len() > end {
+            self.file.set_len(end).map_err(failed)?;
+        }
+        for run in runs {
+            let (from, to) = (self.layout.offset(run.start).0, self.layout.offset(run.end).0);
+            let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            match fallocate(&self.file, how, from as libc::off_t, (to - from) as libc::off_t) {
+                Err(nix::errno::Errno::EOPNOTSUPP) => break,
+                result => result.map_err(|errno| failed(errno.into()))?,
+            }
+        }
+        Ok(())
+    }
+
     /// Sets the refcount of `count` clusters of the file from `first` on.
     pub fn write_refcounts(&self, first: u64, count: u64, value: u16) -> Result<()> {
         self.write(&value.to_be_bytes().repeat(count as usize), self.layout.refcount_offset(first))
@@ -204,7 +224,7 @@ impl Image {
     /// Writes the refcount table and the L1 table as they have to be.
     pub fn write_fixed_tables(&self) -> Result<()> {
         let layout = &self.layout;
-        self.write(&layout.encode_refcount_table(), layout.refcount_table_offset())?;
+        self.write(&layout.encode_whole_refcount_table(), layout.refcount_table_offset())?;
         self.write(&layout.encode_l1_table(), layout.offset(layout.l1_table))
     }
 
@@ -222,9 +242,22 @@ impl Image {
         try_lock(&self.file, USE_BYTE, kind).map_err(|err| self.lock_error(&err))
     }
 
+    /// The end of [`Image::lock_use`].
+    pub fn unlock_use(&self) {
+        if let Err(err) = try_lock(&self.file, USE_BYTE, LockKind::Unlocked) {
+            log::warn!("could not unlock byte {USE_BYTE} of the image: {err}");
+        }
+    }
+
     /// Whether any process uses the live state; for processes that do not.
     pub fn is_used(&self) -> Result<bool> {
         is_held_against(&self.file, USE_BYTE, LockKind::Exclusive)
+            .map_err(|err| self.lock_error(&err))
+    }
+
+    /// Whether anybody else, a stock QEMU included, has the file open to read it.
+    pub fn is_read_by_others(&self) -> Result<bool> {
+        is_held_against(&self.file, QEMU_PERM_BASE + PERM_CONSISTENT_READ, LockKind::Exclusive)
             .map_err(|err| self.lock_error(&err))
     }
 

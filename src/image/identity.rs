@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::format::{BaseIdentity, Header};
+use crate::format::{BaseIdentity, Header, SECTOR};
 
 /// A base that is a file this machine can look at, as opposed to a URL or a `json:` name.
 #[derive(Clone, Debug)]
@@ -68,10 +68,20 @@ impl BaseState {
             return BaseState::Unknown;
         };
         match local_identity(path) {
-            Ok(Some(found)) => Self::compare(expected, found),
+            Ok(Some(found)) => match Self::of_raw_length(header, path) {
+                Some(changed) => changed,
+                None => Self::compare(expected, found),
+            },
             Ok(None) => BaseState::Unknown,
             Err(err) => BaseState::Changed(format!("'{}': {err}", path.display())),
         }
+    }
+
+    /// Compares a raw base's length, which says more than its times and cannot be set back.
+    fn of_raw_length(header: &Header, path: &Path) -> Option<Self> {
+        let length = path.metadata().ok()?.len().checked_next_multiple_of(SECTOR)?;
+        let state = (header.backing_format == "raw").then(|| Self::of_size(header, length))?;
+        (state != BaseState::Same).then_some(state)
     }
 
     fn compare(expected: (i64, u32, u64), found: (i64, u32, u64)) -> Self {

@@ -16,7 +16,7 @@ mod scan;
 pub use create::{CreateOptions, create};
 pub use file::{Access, Image, Use};
 pub use identity::{BaseFile, BaseState};
-pub use repair::{free_leaks, repair};
+pub use repair::{discard_unused, free_leaks, repair};
 pub use scan::{Leak, Scan};
 
 #[cfg(test)]

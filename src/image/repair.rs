@@ -1,7 +1,7 @@
 //! Putting an image right after a scan: dropping what is damaged and giving leaked clusters back.
 //! Only for whoever uses the image alone.
 //!
-//! Used by `engine` when it makes a live state (leaks), and by `vmcache check --repair`.
+//! Used by `engine` when it makes a live state (leaks, unused clusters), and by `vmcache check --repair`.
 
 use super::{Image, Scan};
 use crate::error::Result;
@@ -13,6 +13,14 @@ pub fn free_leaks(image: &Image, scan: &Scan) -> Result<()> {
         image.write_refcounts(leak.start, leak.end - leak.start, 0)?;
     }
     if scan.leaks.is_empty() { Ok(()) } else { image.sync() }
+}
+
+/// Gives the blocks of clusters back that nothing refers to: what was written before a power cut
+/// and did not make it into the tables. Where that fails they only take room.
+pub fn discard_unused(image: &Image, scan: &Scan) {
+    if let Err(err) = image.discard(scan.free_runs(image), scan.end) {
+        log::warn!("{err}; what they occupy counts against the quota");
+    }
 }
 
 /// Drops all that contradicts something, so that the base answers for it again, and gives leaked

@@ -56,6 +56,13 @@ impl Scan {
         (image.layout().data..self.end).filter(move |cluster| !used.contains(*cluster))
     }
 
+    /// The same in runs.
+    pub fn free_runs(&self, image: &Image) -> impl Iterator<Item = Range<u64>> {
+        let mut runs = Vec::new();
+        self.free_clusters(image).for_each(|cluster| push_run(&mut runs, cluster));
+        runs.into_iter()
+    }
+
     /// Number of clusters in [`Scan::leaks`].
     pub fn leaked_clusters(&self) -> u64 {
         self.leaks.iter().map(|leak| leak.end - leak.start).sum()
@@ -81,7 +88,11 @@ impl Scan {
     fn read_fixed_tables(&mut self, image: &Image) -> Result<()> {
         let layout = image.layout();
         let tables = [
-            ("refcount table", layout.refcount_table_offset(), layout.encode_refcount_table()),
+            (
+                "refcount table",
+                layout.refcount_table_offset(),
+                layout.encode_whole_refcount_table(),
+            ),
             ("L1 table", layout.offset(layout.l1_table), layout.encode_l1_table()),
         ];
         for (name, at, expected) in tables {
@@ -104,8 +115,8 @@ impl Scan {
     fn read_l2_tables(&mut self, image: &Image, progress: &mut impl FnMut(u64, u64)) -> Result<()> {
         let geometry = *image.geometry();
         let layout = *image.layout();
-        let tables =
-            layout.l2_table_offset(0).0..layout.l2_table_offset(0).0 + geometry.clusters() * 16;
+        // QEMU reads tables to their ends, also beyond the end of the disk.
+        let tables = layout.l2_table_offset(0).0..layout.l2_table_offset(geometry.l2_tables()).0;
         let mut hosts = BTreeMap::new();
         let total = tables.end - tables.start;
         for piece in data_pieces(image, tables.clone())? {
@@ -135,6 +146,9 @@ impl Scan {
             scan.damaged_clusters.push(cluster);
             scan.damage(format!("guest cluster {cluster}: {what}"));
         };
+        if cluster >= geometry.clusters() {
+            return refuse(self, "an L2 entry beyond the end of the disk".into());
+        }
         let entry = match L2Entry::decode(bytes, geometry) {
             Ok(entry) => entry,
             Err(err) => return refuse(self, err.to_string()),
@@ -167,7 +181,8 @@ impl Scan {
     /// for any other.
     fn read_refcounts(&mut self, image: &Image) -> Result<()> {
         let layout = *image.layout();
-        let area = layout.refcount_offset(0).0..layout.refcount_offset(layout.end).0;
+        let area = layout.refcount_block_offset(0).0
+            ..layout.refcount_block_offset(layout.refcount_blocks).0;
         let used = self.used(image);
         let mut seen_used = 0;
         let mut wrong = Vec::new();
@@ -223,11 +238,11 @@ impl ClusterSet {
     }
 
     fn insert(&mut self, cluster: u64) {
-        if let Some((index, bit)) = self.place(cluster) {
-            if let Some(word) = self.words.get_mut(index) {
-                self.len += u64::from(*word & bit == 0);
-                *word |= bit;
-            }
+        if let Some((index, bit)) = self.place(cluster)
+            && let Some(word) = self.words.get_mut(index)
+        {
+            self.len += u64::from(*word & bit == 0);
+            *word |= bit;
         }
     }
 

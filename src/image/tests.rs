@@ -1,1 +1,461 @@
+//! Image files on a real filesystem, with `qemu-img` as the oracle.
 
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::error::ErrorKind;
+use crate::format::{BaseIdentity, Geometry, HostOffset, L2Entry, SubclusterBits};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// A base of random bytes and an image for it.
+struct Fixture {
+    dir: TempDir,
+    geometry: Geometry,
+    content: Vec<u8>,
+}
+
+impl Fixture {
+    fn new(cluster_size: u64, size: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let content: Vec<u8> = (0..size).map(|at| (at * 31 + at / 251 + 1) as u8).collect();
+        fs::write(dir.path().join("base.raw"), &content).unwrap();
+        let geometry = Geometry::with_cluster_size(cluster_size, size).unwrap();
+        let fixture = Fixture { dir, geometry, content };
+        create(&fixture.path(), &fixture.options()).unwrap();
+        fixture
+    }
+
+    fn options(&self) -> CreateOptions {
+        CreateOptions {
+            backing_file: self.dir.path().join("base.raw").to_str().unwrap().into(),
+            backing_format: "raw".into(),
+            geometry: self.geometry,
+            quota: None,
+            base: BaseIdentity::default(),
+            mode: 0o640,
+            force: false,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("cache.qcow2")
+    }
+
+    fn open(&self) -> Image {
+        Image::open(&self.path(), Access::ReadWrite).unwrap()
+    }
+
+    fn scan(&self) -> Scan {
+        Scan::read(&self.open(), |_, _| {}).unwrap()
+    }
+
+    /// Stores guest clusters as a checkpoint would, the first at data cluster `place`.
+    fn store(&self, clusters: std::ops::Range<u64>, place: u64) {
+        let image = self.open();
+        let size = self.geometry.cluster_size();
+        for (index, cluster) in clusters.clone().enumerate() {
+            let number = image.layout().data + place + index as u64;
+            let host = image.layout().offset(number);
+            let start = (cluster * size) as usize;
+            image.write(&self.content[start..start + size as usize], host).unwrap();
+            image.write_refcounts(number, 1, 1).unwrap();
+            let entry = L2Entry { host: Some(host), bits: SubclusterBits::new(u32::MAX, 0) };
+            image.write_l2_entries(cluster, &[entry]).unwrap();
+        }
+    }
+
+    /// Overwrites an L2 entry.
+    fn overwrite(&self, cluster: u64, entry: L2Entry) {
+        self.open().write_l2_entries(cluster, &[entry]).unwrap();
+    }
+
+    fn repair(&self) {
+        let image = self.open();
+        let scan = Scan::read(&image, |_, _| {}).unwrap();
+        repair(&image, &scan).unwrap();
+    }
+
+    fn assert_sound(&self) {
+        let scan = self.scan();
+        assert!(scan.findings.is_empty() && scan.leaks.is_empty(), "{scan:?}");
+        assert_eq!(check_code(&self.path()), 0);
+        let base = self.dir.path().join("base.raw");
+        let compared = qemu_img(&["compare", "-f", "qcow2", "-F", "raw"], &[&self.path(), &base]);
+        assert!(compared.status.success(), "{compared:?}");
+    }
+}
+
+fn qemu_img(args: &[&str], files: &[&Path]) -> Output {
+    Command::new("qemu-img").args(args).args(files).output().unwrap()
+}
+
+fn check_code(path: &Path) -> i32 {
+    qemu_img(&["check", "-f", "qcow2"], &[path]).status.code().unwrap()
+}
+
+fn is_sound_when_new(cluster_size: u64, size: u64) {
+    let fixture = Fixture::new(cluster_size, size);
+    fixture.assert_sound();
+    assert!(fixture.scan().entries.is_empty());
+}
+
+#[test]
+fn new_image_is_sound_with_every_cluster_size() {
+    for bits in 14..=21 {
+        is_sound_when_new(1 << bits, MIB + 512);
+    }
+}
+
+#[test]
+fn new_image_of_one_sector_is_sound() {
+    is_sound_when_new(128 * KIB, 512);
+}
+
+#[test]
+fn new_image_of_a_tebibyte_is_sound_and_small() {
+    let fixture = Fixture::new(128 * KIB, 512);
+    let base = fixture.dir.path().join("large.raw");
+    fs::File::create(&base).unwrap().set_len(1 << 40).unwrap();
+    let path = fixture.dir.path().join("large.qcow2");
+    let geometry = Geometry::new(17, 1 << 40).unwrap();
+    let backing_file = base.to_str().unwrap().into();
+    create(&path, &CreateOptions { geometry, backing_file, ..fixture.options() }).unwrap();
+    assert_eq!(check_code(&path), 0);
+    assert!(fs::metadata(&path).unwrap().blocks() * 512 < 256 * KIB);
+}
+
+#[test]
+fn image_with_stored_clusters_is_sound() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    fixture.store(3..9, 2);
+    fixture.assert_sound();
+    assert_eq!(fixture.scan().entries.keys().copied().collect::<Vec<_>>(), [3, 4, 5, 6, 7, 8]);
+}
+
+#[test]
+fn existing_file_is_not_replaced() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let before = fs::read(fixture.path()).unwrap();
+    let err = create(&fixture.path(), &fixture.options()).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::Exists);
+    assert!(fs::read(fixture.path()).unwrap() == before);
+}
+
+#[test]
+fn existing_file_is_replaced_with_force() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let before = fixture.open().header().cache.uuid;
+    create(&fixture.path(), &CreateOptions { force: true, ..fixture.options() }).unwrap();
+    assert_ne!(fixture.open().header().cache.uuid, before);
+}
+
+#[test]
+fn failed_create_leaves_nothing_behind() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let missing = fixture.dir.path().join("no/such/directory/cache");
+    let refused = create(&missing, &fixture.options()).unwrap_err();
+    let existing = create(&fixture.path(), &fixture.options()).unwrap_err();
+    assert_eq!((refused.errno(), existing.kind()), (libc::ENOENT, ErrorKind::Exists));
+    assert_eq!(fs::read_dir(fixture.dir.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn quota_below_the_tables_is_refused() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let options = CreateOptions { quota: Some(64 * KIB), ..fixture.options() };
+    let err = create(&fixture.dir.path().join("other"), &options).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::Invalid);
+}
+
+#[test]
+fn new_image_has_the_mode_that_was_asked_for() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let mode = fs::metadata(fixture.path()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o700, 0o600);
+}
+
+#[test]
+fn directory_is_not_an_image() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    assert!(Image::open(fixture.dir.path(), Access::ReadWrite).is_err());
+    let err = Image::open(fixture.dir.path(), Access::ReadOnly).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::NotACache);
+}
+
+#[test]
+fn base_is_not_an_image() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let err = Image::open(&fixture.dir.path().join("base.raw"), Access::ReadOnly).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::NotACache);
+}
+
+#[test]
+fn ordinary_qcow2_is_not_an_image() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let path = fixture.dir.path().join("other.qcow2");
+    Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-o", "extended_l2=on"])
+        .arg(&path)
+        .arg("1M")
+        .status()
+        .unwrap();
+    let err = Image::open(&path, Access::ReadOnly).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::NotACache);
+}
+
+#[test]
+fn empty_file_is_not_an_image() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let path = fixture.dir.path().join("empty");
+    fs::write(&path, "").unwrap();
+    let err = Image::open(&path, Access::ReadOnly).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::NotACache);
+}
+
+#[test]
+fn truncated_image_is_refused() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let file = fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+    let err = Image::open(&fixture.path(), Access::ReadOnly).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::Damaged);
+}
+
+#[test]
+fn leaked_clusters_are_found_as_qemu_finds_them() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let image = fixture.open();
+    let data = image.layout().data;
+    image.write_refcounts(data + 1, 3, 1).unwrap();
+    // QEMU looks at refcounts of clusters within the file alone.
+    image.write(&[1; 512], image.layout().offset(data + 3)).unwrap();
+    let scan = fixture.scan();
+    assert_eq!(scan.leaks.as_slice(), std::slice::from_ref(&(data + 1..data + 4)));
+    assert_eq!((scan.damages, check_code(&fixture.path())), (0, 3));
+}
+
+#[test]
+fn leaked_clusters_are_given_back() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    fixture.store(0..2, 5);
+    let image = fixture.open();
+    image.write_refcounts(image.layout().data + 1, 3, 1).unwrap();
+    free_leaks(&image, &fixture.scan()).unwrap();
+    fixture.assert_sound();
+}
+
+#[test]
+fn repair_of_a_sound_image_changes_nothing() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    fixture.store(0..4, 0);
+    let before = fs::read(fixture.path()).unwrap();
+    fixture.repair();
+    assert!(fs::read(fixture.path()).unwrap() == before);
+}
+
+/// Damage is found, and repaired so that QEMU finds nothing either.
+fn is_found_and_repaired(damage: impl FnOnce(&Fixture)) {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    fixture.store(0..8, 0);
+    damage(&fixture);
+    let damages = fixture.scan().damages;
+    fixture.repair();
+    assert_ne!(damages, 0);
+    fixture.assert_sound();
+}
+
+#[test]
+fn entry_of_garbage_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        image.write(&[0xff; 16], image.layout().l2_entry_offset(3)).unwrap();
+    });
+}
+
+#[test]
+fn place_within_the_tables_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let host = Some(HostOffset(64 * KIB));
+        fixture.overwrite(3, L2Entry { host, bits: SubclusterBits(1) });
+    });
+}
+
+#[test]
+fn place_beyond_the_file_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        let host = Some(image.layout().offset(image.layout().end - 1));
+        fixture.overwrite(3, L2Entry { host, bits: SubclusterBits(1) });
+    });
+}
+
+#[test]
+fn place_far_beyond_everything_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let host = Some(HostOffset((1 << 55) - 64 * KIB));
+        fixture.overwrite(3, L2Entry { host, bits: SubclusterBits(1) });
+    });
+}
+
+#[test]
+fn place_without_data_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        let host = Some(image.layout().offset(image.layout().data + 3));
+        fixture.overwrite(3, L2Entry { host, bits: SubclusterBits::default() });
+    });
+}
+
+#[test]
+fn place_of_two_clusters_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        let host = Some(image.layout().offset(image.layout().data + 2));
+        fixture.overwrite(5, L2Entry { host, bits: SubclusterBits(1) });
+    });
+}
+
+#[test]
+fn place_of_three_clusters_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        let host = Some(image.layout().offset(image.layout().data + 2));
+        fixture.overwrite(5, L2Entry { host, bits: SubclusterBits(1) });
+        fixture.overwrite(6, L2Entry { host, bits: SubclusterBits(1) });
+    });
+}
+
+#[test]
+fn cluster_in_use_without_refcount_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        image.write_refcounts(image.layout().data + 2, 1, 0).unwrap();
+    });
+}
+
+#[test]
+fn cluster_with_two_references_by_its_refcount_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        image.write_refcounts(image.layout().data + 2, 1, 2).unwrap();
+    });
+}
+
+#[test]
+fn table_without_refcount_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| fixture.open().write_refcounts(0, 2, 0).unwrap());
+}
+
+#[test]
+fn l1_table_of_garbage_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        image.write(&[0x11; 8], image.layout().offset(image.layout().l1_table)).unwrap();
+    });
+}
+
+#[test]
+fn refcount_table_of_garbage_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        image.write(&[0x11; 8], image.layout().refcount_table_offset()).unwrap();
+    });
+}
+
+#[test]
+fn l2_tables_full_of_garbage_are_survived() {
+    let fixture = Fixture::new(16 * KIB, MIB);
+    let image = fixture.open();
+    let garbage: Vec<u8> = (0..64 * 16u32).map(|at| (at * 167 + at / 7) as u8).collect();
+    image.write(&garbage, image.layout().l2_entry_offset(0)).unwrap();
+    fixture.repair();
+    fixture.assert_sound();
+}
+
+#[test]
+fn refcounts_full_of_garbage_are_survived() {
+    let fixture = Fixture::new(16 * KIB, MIB);
+    fixture.store(0..8, 0);
+    let image = fixture.open();
+    let all = image.layout().end;
+    image.write(&vec![0x5a; all as usize * 2], image.layout().refcount_offset(0)).unwrap();
+    fixture.repair();
+    fixture.assert_sound();
+}
+
+#[test]
+fn clusters_that_nothing_refers_to_are_given_back_to_the_filesystem() {
+    let fixture = Fixture::new(64 * KIB, 4 * MIB);
+    fixture.store(0..1, 9);
+    let image = fixture.open();
+    let garbage = vec![0xcc; MIB as usize];
+    image
+        .write(&garbage[..512 * KIB as usize], image.layout().offset(image.layout().data))
+        .unwrap();
+    image.write(&garbage, image.layout().offset(image.layout().data + 10)).unwrap();
+    let before = image.occupied().unwrap();
+    discard_unused(&image, &fixture.scan());
+    let gained = before - image.occupied().unwrap();
+    assert_eq!(gained, 1536 * KIB);
+    fixture.assert_sound();
+}
+
+#[test]
+fn free_clusters_are_those_between_used_ones() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    fixture.store(0..2, 1);
+    fixture.store(5..6, 4);
+    let (image, scan) = (fixture.open(), fixture.scan());
+    let data = image.layout().data;
+    assert_eq!(scan.free_clusters(&image).collect::<Vec<_>>(), [data, data + 3]);
+    assert_eq!(scan.end, data + 5);
+}
+
+#[test]
+fn writer_and_readers_of_vmcache_get_along() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let _others = [fixture.open(), fixture.open()];
+    assert!(Image::open(&fixture.path(), Access::ReadOnly).is_ok());
+}
+
+#[test]
+fn image_that_is_open_for_writing_elsewhere_is_busy() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let file = fs::OpenOptions::new().read(true).write(true).open(fixture.path()).unwrap();
+    let write_permission = 101;
+    crate::lock::try_lock(&file, write_permission, crate::lock::LockKind::Shared).unwrap();
+    let err = Image::open(&fixture.path(), Access::ReadWrite).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::Busy);
+}
+
+#[test]
+fn number_of_checkpoints_is_rewritten_in_place() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    fixture.open().write_checkpoints(0x0102_0304_0506_0708).unwrap();
+    assert_eq!(fixture.open().read_checkpoints().unwrap(), 0x0102_0304_0506_0708);
+    assert_eq!(fixture.open().header().cache.checkpoints, 0x0102_0304_0506_0708);
+    fixture.assert_sound();
+}
+
+#[test]
+fn header_with_a_byte_changed_is_opened_or_refused_but_never_misread() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let file = fs::OpenOptions::new().read(true).write(true).open(fixture.path()).unwrap();
+    let mut before = [0];
+    for at in 0..112 {
+        file.read_exact_at(&mut before, at).unwrap();
+        file.write_all_at(&[before[0] ^ 0x81], at).unwrap();
+        if let Ok(image) = Image::open(&fixture.path(), Access::ReadOnly) {
+            let _ = Scan::read(&image, |_, _| {});
+        }
+        file.write_all_at(&before, at).unwrap();
+    }
+    fixture.assert_sound();
+}

@@ -13,25 +13,29 @@ use super::sync::{AtomicU32, Ordering};
 
 /// A futex word.
 #[derive(Debug, Default)]
-#[repr(transparent)]
-pub struct Event(AtomicU32);
+#[cfg_attr(not(loom), repr(transparent))]
+pub struct Event {
+    word: AtomicU32,
+    #[cfg(loom)]
+    sleepers: sys::Sleepers,
+}
 
 impl Event {
     /// The word to hand to [`Event::wait`]; take it before looking at the state.
     pub fn ticket(&self) -> u32 {
-        self.0.load(Ordering::Acquire)
+        self.word.load(Ordering::Acquire)
     }
 
     /// Wakes all waiters in all processes.
     pub fn ring(&self) {
-        self.0.fetch_add(1, Ordering::Release);
-        sys::wake_all(&self.0);
+        self.word.fetch_add(1, Ordering::Release);
+        sys::wake_all(self);
     }
 
     /// Sleeps until the next ring after the ticket was taken, or the timeout; may wake for no
     /// reason.
     pub fn wait(&self, ticket: u32, timeout: Duration) {
-        sys::wait(&self.0, ticket, timeout);
+        sys::wait(self, ticket, timeout);
     }
 }
 
@@ -39,16 +43,16 @@ impl Event {
 mod sys {
     #![allow(unsafe_code)]
 
-    use super::{AtomicU32, Duration};
+    use super::{Duration, Event};
 
-    pub fn wake_all(word: &AtomicU32) {
+    pub fn wake_all(event: &Event) {
         // SAFETY: the word is a live reference; FUTEX_WAKE only uses its address.
         unsafe {
-            libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, libc::c_int::MAX);
+            libc::syscall(libc::SYS_futex, event.word.as_ptr(), libc::FUTEX_WAKE, libc::c_int::MAX);
         }
     }
 
-    pub fn wait(word: &AtomicU32, expected: u32, timeout: Duration) {
+    pub fn wait(event: &Event, expected: u32, timeout: Duration) {
         let timeout = libc::timespec {
             tv_sec: timeout.as_secs() as libc::time_t,
             tv_nsec: timeout.subsec_nanos() as libc::c_long,
@@ -56,23 +60,48 @@ mod sys {
         // SAFETY: word and timeout are live references for the whole call; the result does not
         // matter, since a waiter looks at the state again however it woke.
         unsafe {
-            libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, expected, &timeout);
+            libc::syscall(
+                libc::SYS_futex,
+                event.word.as_ptr(),
+                libc::FUTEX_WAIT,
+                expected,
+                &timeout,
+            );
         }
     }
 }
 
-/// Under loom a thread that would sleep yields instead: the checker then runs the others first,
-/// and reports a deadlock where nobody can go on.
+/// A futex as futex(2) has it, in the model checker's terms: the kernel compares and falls asleep
+/// in one step, under a lock that waking takes too. There is no timeout: a wake-up that is lost
+/// shows as a deadlock.
 #[cfg(loom)]
 mod sys {
-    use super::{AtomicU32, Duration};
-    use crate::live::sync::Ordering;
+    use loom::sync::{Condvar, Mutex};
 
-    pub fn wake_all(_word: &AtomicU32) {}
+    use super::{Duration, Event, Ordering};
 
-    pub fn wait(word: &AtomicU32, expected: u32, _timeout: Duration) {
-        while word.load(Ordering::Acquire) == expected {
-            loom::thread::yield_now();
+    #[derive(Debug)]
+    pub struct Sleepers {
+        kernel: Mutex<()>,
+        asleep: Condvar,
+    }
+
+    impl Default for Sleepers {
+        fn default() -> Self {
+            Sleepers { kernel: Mutex::new(()), asleep: Condvar::new() }
+        }
+    }
+
+    pub fn wake_all(event: &Event) {
+        let _kernel = event.sleepers.kernel.lock();
+        event.sleepers.asleep.notify_all();
+    }
+
+    pub fn wait(event: &Event, expected: u32, _timeout: Duration) {
+        if let Ok(kernel) = event.sleepers.kernel.lock() {
+            if event.word.load(Ordering::Relaxed) == expected {
+                drop(event.sleepers.asleep.wait(kernel));
+            }
         }
     }
 }

@@ -17,12 +17,13 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::claim::Claim;
+use super::dirty::Marks;
 use super::event::Event;
 use super::map::MapEntry;
 use super::regions::{GROUP_BYTES, GROUP_CLUSTERS, Regions};
 use super::slot::{SLOTS, Slot};
 use super::space::{FREE_LIST, Space};
-use super::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use super::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Geometry, SUBCLUSTERS};
 
@@ -91,6 +92,9 @@ struct Shared {
     checkpoints_begun: AtomicU64,
     checkpoints_done: AtomicU64,
     failed: AtomicU32,
+    /// Not zero from before the first mark of a checkpoint is taken until all of them are either
+    /// written or set again.
+    checkpointing: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -183,12 +187,12 @@ impl LiveFile {
         Ok(())
     }
 
-    /// Opens the live file of an image if it is there and belongs to it; `checkpoints` is the
+    /// Opens the live file of an image if it is there and belongs to it; `checkpoints` reads the
     /// number in the image's header. `Ok(None)` where there is none or it is left over.
     pub fn open(
         path: &Path,
         identity: &LiveIdentity,
-        checkpoints: u64,
+        checkpoints: impl FnOnce() -> Result<u64>,
         writable: bool,
     ) -> Result<Option<Self>> {
         let opened = OpenOptions::new()
@@ -220,11 +224,12 @@ impl LiveFile {
             .map_err(|err| Error::io("map the live file", path, &err))?;
         let clusters = identity.geometry.clusters();
         let live = LiveFile { path: path.to_owned(), file, map, regions, clusters, made_at: None };
-        // An image of another age, copied over this one, has another number of checkpoints.
-        let shared = live.shared();
-        let known = [&shared.checkpoints_done, &shared.checkpoints_begun]
-            .map(|word| word.load(Ordering::Acquire));
-        Ok(known.contains(&checkpoints).then_some(live))
+        // An image of another age, copied over this one, has another number of checkpoints. In this
+        // order, since a checkpoint may be written meanwhile: done <= header's <= begun.
+        let done = live.shared().checkpoints_done.load(Ordering::Acquire);
+        let number = checkpoints()?;
+        let begun = live.shared().checkpoints_begun.load(Ordering::Acquire);
+        Ok((done..=begun).contains(&number).then_some(live))
     }
 
     /// Where the file is, or would be.
@@ -328,40 +333,36 @@ impl LiveFile {
         Ok(())
     }
 
+    fn marks(&self, group: u64) -> (&Marks, u32) {
+        (self.at(self.regions.dirty + group / 64 * 8), (group % 64) as u32)
+    }
+
     /// Notes that something was published in a cluster, for the next checkpoint. After publishing.
     pub fn mark_dirty(&self, cluster: u64) {
-        let (word, bit) = self.bit(self.regions.dirty, cluster / GROUP_CLUSTERS);
-        // Read first: the line stays shared while a burst of fills goes to the same group. The
-        // fence pairs with the one in take_dirty: either the checkpoint sees what was published,
-        // or this sees the bit cleared.
-        fence(Ordering::SeqCst);
-        if word.load(Ordering::Relaxed) & bit == 0 {
-            word.fetch_or(bit, Ordering::Relaxed);
-        }
+        let (marks, group) = self.marks(cluster / GROUP_CLUSTERS);
+        marks.mark(group);
+    }
+
+    /// Whether the next checkpoint looks at the group of a cluster.
+    pub fn is_marked(&self, cluster: u64) -> bool {
+        let (marks, group) = self.marks(cluster / GROUP_CLUSTERS);
+        marks.has(group)
     }
 
     /// Whether a checkpoint would have anything to do.
     pub fn is_dirty(&self) -> bool {
-        self.groups(self.regions.dirty).next().is_some()
+        self.dirty_groups().next().is_some()
     }
 
     /// Groups marked dirty.
-    pub fn dirty_groups(&self) -> u64 {
-        self.groups(self.regions.dirty).count() as u64
+    pub fn dirty_groups(&self) -> impl Iterator<Item = u64> {
+        self.groups(self.regions.dirty)
     }
 
     /// Takes the mark off a group and gives its clusters; `None` where it had none.
     pub fn take_dirty(&self, group: u64) -> Option<std::ops::Range<u64>> {
-        let (word, bit) = self.bit(self.regions.dirty, group);
-        let marked = word.load(Ordering::Relaxed) & bit != 0
-            && word.fetch_and(!bit, Ordering::Relaxed) & bit != 0;
-        fence(Ordering::SeqCst);
-        marked.then(|| self.group_clusters(group))
-    }
-
-    /// Number of groups, marked or not.
-    pub fn group_count(&self) -> u64 {
-        self.regions.group_count
+        let (marks, bit) = self.marks(group);
+        marks.take(bit).then(|| self.group_clusters(group))
     }
 
     /// The clusters of all groups that were ever needed, in order.
@@ -385,9 +386,36 @@ impl LiveFile {
         })
     }
 
+    /// Whether somebody began a checkpoint and has not ended it: he is at it, or he died.
+    pub fn is_checkpointing(&self) -> bool {
+        self.shared().checkpointing.load(Ordering::SeqCst) != 0
+    }
+
+    /// Before the first mark is taken. Where the checkpoint before this one was cut off, everything
+    /// is marked, since nobody knows which marks it had taken. Under the checkpoint lock.
+    pub fn enter_checkpoint(&self) {
+        if self.shared().checkpointing.swap(1, Ordering::SeqCst) != 0 {
+            self.mark_unwritten();
+        }
+    }
+
+    /// Marks the groups in which something is published and not on disk.
+    pub fn mark_unwritten(&self) {
+        for cluster in self.known_clusters() {
+            if self.entry(cluster).is_some_and(|entry| entry.bits() != entry.on_disk()) {
+                self.mark_dirty(cluster);
+            }
+        }
+    }
+
+    /// When all marks that were taken are dealt with. Under the checkpoint lock.
+    pub fn leave_checkpoint(&self) {
+        self.shared().checkpointing.store(0, Ordering::SeqCst);
+    }
+
     /// The number that the checkpoint about to be written gets. Under the checkpoint lock.
     pub fn begin_checkpoint(&self) -> u64 {
-        let next = self.shared().checkpoints_done.load(Ordering::Acquire) + 1;
+        let next = self.shared().checkpoints_done.load(Ordering::Acquire).saturating_add(1);
         self.shared().checkpoints_begun.store(next, Ordering::Release);
         next
     }

@@ -3,13 +3,14 @@
 //!
 //! The file is volatile. It belongs to one boot of the machine and one image (see
 //! [`LiveIdentity`]) and is made anew from the image where it does not. Each part has its protocol
-//! at the head of its file: [`map`], [`claim`], [`slot`], [`space`], [`event`]. The parts are plain
-//! structs of atomics and know nothing of the mapping; [`file`] lays them over the shared file and
+//! at the head of its file: [`map`], [`claim`], [`dirty`], [`slot`], [`space`], [`event`]. The parts are plain
+//! structs of atomics and know nothing of the mapping; [`mod@file`] lays them over the shared file and
 //! is, with the futex in [`event`], the only place with `unsafe`.
 //!
 //! Used by `engine`; uses `format`, `lock` and `error`.
 
 pub mod claim;
+pub mod dirty;
 pub mod event;
 pub mod file;
 pub mod map;

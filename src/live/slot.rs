@@ -7,8 +7,8 @@
 //! file with the slot's index. The kernel drops that lock when the holder dies, so a dead owner is
 //! seen at once by asking for the lock (`F_OFD_GETLK`), by anybody and without a message from the
 //! dead. Only the holder writes `pid`, `generation`, `in_flight` and the counters. `stalled` is set
-//! by a waiter that ran into its deadline, to the generation that let it wait; other waiters then
-//! break that generation's claims without waiting; the holder clears it when it is seen to work
+//! by a waiter that ran into its deadline or found the owner dead, to the generation that let it
+//! wait; others then break that generation's claims without waiting; the holder clears it when it is seen to work
 //! again. Counters go on from holder to holder, so that their sum over all slots counts since the
 //! live file was made. All accesses are `Relaxed`: nothing is published through a slot.
 
@@ -109,12 +109,14 @@ impl Slot {
         self.in_flight.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Whether the owner of a claim let somebody wait past the deadline and was not seen since.
+    /// Whether there is no use in waiting for the owner of a claim: it is known to be dead, or it
+    /// let somebody wait past the deadline and was not seen since.
     pub fn is_stalled(&self, owner: Owner) -> bool {
         self.stalled.load(Ordering::Relaxed) == owner.generation()
+            || Owner::new(owner.slot(), self.generation()) != owner
     }
 
-    /// Notes that this owner let somebody wait past the deadline.
+    /// Notes that this owner is dead or let somebody wait past the deadline.
     pub fn set_stalled(&self, owner: Owner) {
         self.stalled.store(owner.generation(), Ordering::Relaxed);
     }
@@ -144,7 +146,8 @@ impl SlotGuard {
             if locked {
                 let slot = live.slot(index);
                 // Zero stands for "nobody" in `stalled`, so no generation is zero.
-                let next = Owner::new(index, slot.generation.load(Ordering::Relaxed) + 1);
+                let next =
+                    Owner::new(index, slot.generation.load(Ordering::Relaxed).wrapping_add(1));
                 let generation = next.generation().max(1);
                 slot.generation.store(generation, Ordering::Relaxed);
                 slot.pid.store(std::process::id(), Ordering::Relaxed);

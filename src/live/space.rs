@@ -20,7 +20,7 @@ use super::sync::{AtomicU32, AtomicU64, Ordering};
 pub const FREE_LIST: usize = 4096;
 
 /// Allocation and quota.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 #[repr(C)]
 pub struct Space {
     next: AtomicU64,
@@ -45,7 +45,7 @@ impl Space {
     }
 
     /// Hands out a cluster of the file by number, or `None` when its layout is used up.
-    pub fn take_cluster(&self, free_list: &[AtomicU64; FREE_LIST]) -> Option<u64> {
+    pub fn take_cluster(&self, free_list: &[AtomicU64]) -> Option<u64> {
         let free_len = self.free_len.load(Ordering::Relaxed).min(FREE_LIST as u32);
         let taken = self
             .free_taken

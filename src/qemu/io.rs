@@ -383,11 +383,6 @@ impl Rest {
         };
         self.at += read as u64;
         let mut left = read;
-        while let Some(first) = self.iov.first_mut().filter(|first| first.iov_len > left) {
-            first.iov_base = first.iov_base.wrapping_byte_add(left);
-            first.iov_len -= left;
-            return Ok(());
-        }
         let whole = self
             .iov
             .iter()

@@ -380,7 +380,7 @@ impl Driver {
     ) -> Result<Driver, String> {
         let name = format_name.to_string_lossy().into_owned();
         let mut bytes = vec![0; layout.drv_sizeof as usize];
-        if address % WORD != 0 || !program.read(address, &mut bytes) {
+        if !address.is_multiple_of(WORD) || !program.read(address, &mut bytes) {
             return Err(format!("{name} does not lie in the program's memory"));
         }
         let driver = Driver { name, address, bytes };

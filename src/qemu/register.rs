@@ -307,7 +307,7 @@ fn driver_words(
         (layout.drv_get_info, callbacks.get_info as *const () as usize),
     ] {
         let offset = offset as usize;
-        if offset % WORD != 0 {
+        if !offset.is_multiple_of(WORD) {
             return None;
         }
         // A word that is taken means that two fields have one place.

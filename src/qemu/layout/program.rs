@@ -173,7 +173,7 @@ impl Object {
     /// The object must stay allocated while the result is used.
     pub(super) unsafe fn new<T>(pointer: *const T, size: usize) -> Option<Object> {
         let address = pointer.addr();
-        if address == 0 || address % align_of::<usize>() != 0 || size == 0 {
+        if address == 0 || !address.is_multiple_of(align_of::<usize>()) || size == 0 {
             return None;
         }
         let page = page_size();

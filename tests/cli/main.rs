@@ -1,0 +1,13 @@
+//! The command line, run as its users run it, with QEMU's own tools as the judge of what it makes.
+//!
+//! `dir.rs` has what the tests share. qemu-img, qemu-io and qemu-nbd have to be installed.
+
+mod bad_image;
+mod bad_input;
+mod check;
+mod create;
+mod dir;
+mod drive;
+mod exec;
+mod help;
+mod info;

@@ -1,0 +1,12 @@
+//! The engine on real files, read through [`vmcache::engine::Reader`], in one process and in many,
+//! with QEMU's own tools as the oracle.
+//!
+//! Needs `qemu-img` and `qemu-io`. Tests that depend on chance print their seed when they fail.
+
+mod child;
+mod fixture;
+mod foreign;
+mod processes;
+mod random;
+mod sharing;
+mod space;
