@@ -80,7 +80,8 @@ fn read_only(image: Image) -> Core {
     }
 }
 
-fn identity(image: &Image) -> Result<LiveIdentity> {
+/// What a live state of this image has to belong to.
+pub fn identity(image: &Image) -> Result<LiveIdentity> {
     LiveIdentity::of(image.file(), image.header().cache.uuid, *image.geometry())
         .map_err(|err| Error::io("identify", image.path(), &err))
 }
@@ -91,10 +92,8 @@ fn join_live(image: &Image) -> Result<LiveFile> {
         return Err(busy("another process has been opening the image for too long"));
     };
     let identity = identity(image)?;
-    let path = image.live_path();
     let alone = image.lock_use(Use::Alone)?;
-    let found = LiveFile::open(&path, &identity, || image.read_checkpoints(), true)?
-        .filter(|live| !(alone && live.has_failed()));
+    let found = find_live(image, &identity, true)?.filter(|live| !(alone && live.has_failed()));
     let live = match found {
         Some(live) if live.has_failed() => {
             return Err(busy(
@@ -121,6 +120,21 @@ fn join_live(image: &Image) -> Result<LiveFile> {
     Ok(live)
 }
 
+/// The live state of an image, if there is a current one.
+pub fn find_live(
+    image: &Image,
+    identity: &LiveIdentity,
+    writable: bool,
+) -> Result<Option<LiveFile>> {
+    for path in image.live_paths() {
+        let found = LiveFile::open(&path, identity, || image.read_checkpoints(), writable)?;
+        if found.is_some() {
+            return Ok(found);
+        }
+    }
+    Ok(None)
+}
+
 /// Makes a live state from the image's tables and gives it its name.
 fn make(image: &Image, identity: &LiveIdentity) -> Result<LiveFile> {
     let scan = sound_scan(image)?;
@@ -133,10 +147,11 @@ fn make(image: &Image, identity: &LiveIdentity) -> Result<LiveFile> {
         image::free_leaks(image, &scan)?;
     }
     image::discard_unused(image, &scan);
-    let checkpoints = image.read_checkpoints()?;
+    let checkpoints = image.disown_live_files()?;
     let mut live = LiveFile::make(&image.live_path(), image.file(), identity, checkpoints)?;
     restore(&live, image, &scan)?;
     live.install()?;
+    image.note_live_path();
     Ok(live)
 }
 

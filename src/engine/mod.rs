@@ -42,7 +42,7 @@ use keeper::Keeper;
 pub use plan::{Fetch, Part, Plan, Presence, Step, Ticket};
 use pool::Pool;
 use populate::Populator;
-pub use reader::{Base, MAX_WAITS, Reader};
+pub use reader::{Base, Reader, WAIT_LIMIT};
 pub use status::{COUNTERS, CheckReport, ImageState, ProcessStats, Status, check};
 use wait::Waiter;
 

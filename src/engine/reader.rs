@@ -6,15 +6,16 @@
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::bounded;
 
-use super::{Engine, Part, Step};
+use super::{Engine, Fetch, Part, Step, Ticket};
 use crate::format::ByteRange;
 
-/// How often a read waits for others before it turns to the base.
-pub const MAX_WAITS: u32 = 8;
+/// How long a read waits for others, all in all, before it turns to the base: more than the
+/// deadlines of two waits one after the other.
+pub const WAIT_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a [`Reader`] reads where the cache has nothing.
 pub trait Base {
@@ -50,15 +51,38 @@ impl<B: Base> Reader<B> {
     /// where the base does.
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.engine.counters().reads.add(1);
-        self.read_part(buf, offset, MAX_WAITS)
+        let mut to_plan = vec![(buf, offset)];
+        let mut waiting_since = None;
+        while !to_plan.is_empty() {
+            let mut later = Vec::new();
+            for (buf, offset) in to_plan.drain(..) {
+                self.read_planned(buf, offset, &mut later)?;
+            }
+            // Others are waited for only when nothing that they may wait for is left to do here.
+            for (buf, offset, ticket) in later {
+                let since: &mut Instant = waiting_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > WAIT_LIMIT {
+                    self.read_base(buf, offset)?;
+                } else {
+                    self.wait(ticket);
+                    to_plan.push((buf, offset));
+                }
+            }
+        }
+        Ok(())
     }
 
-    fn read_part(&self, buf: &mut [u8], offset: u64, waits: u32) -> io::Result<()> {
+    /// Does what a plan says at once; what has to wait is left in `later`.
+    fn read_planned<'b>(
+        &self,
+        buf: &'b mut [u8],
+        offset: u64,
+        later: &mut Vec<(&'b mut [u8], u64, Ticket)>,
+    ) -> io::Result<()> {
         let plan = self.engine.plan(ByteRange { start: offset, len: buf.len() as u64 });
         let mut rest = buf;
-        let mut later = Vec::new();
         for Part { guest, step } in plan {
-            let (here, after) = std::mem::take(&mut rest).split_at_mut(guest.len as usize);
+            let (here, after) = rest.split_at_mut(guest.len as usize);
             rest = after;
             match step {
                 Step::Hit(host) => {
@@ -70,36 +94,36 @@ impl<B: Base> Reader<B> {
                 }
                 Step::Zero => here.fill(0),
                 Step::Base => self.read_base(here, guest.start)?,
-                Step::Fetch(fetch) => {
-                    let range = fetch.range();
-                    let mut data = vec![0; range.len as usize];
-                    let started = Instant::now();
-                    self.base.read(&mut data, range.start)?;
-                    let from = (guest.start - range.start) as usize;
-                    if let Some(wanted) = data.get(from..from + here.len()) {
-                        here.copy_from_slice(wanted);
-                    }
-                    self.engine.fill(fetch, data, started.elapsed());
-                }
-                Step::Wait(ticket) => later.push((here, guest, ticket)),
+                Step::Fetch(fetch) => self.fetch(here, guest.start, fetch)?,
+                Step::Wait(ticket) => later.push((here, guest.start, ticket)),
             }
-        }
-        for (here, guest, ticket) in later {
-            if waits == 0 {
-                self.read_base(here, guest.start)?;
-                continue;
-            }
-            let (wake, woken) = bounded(1);
-            let waiting = self.engine.wait(ticket, move || {
-                // Nobody listens any more where the reader is gone.
-                let _ = wake.send(());
-            });
-            if waiting {
-                let _ = woken.recv();
-            }
-            self.read_part(here, guest.start, waits - 1)?;
         }
         Ok(())
+    }
+
+    fn fetch(&self, buf: &mut [u8], offset: u64, fetch: Fetch) -> io::Result<()> {
+        let range = fetch.range();
+        let mut data = vec![0; range.len as usize];
+        let started = Instant::now();
+        self.base.read(&mut data, range.start)?;
+        let from = (offset - range.start) as usize;
+        if let Some(wanted) = data.get(from..from + buf.len()) {
+            buf.copy_from_slice(wanted);
+        }
+        self.engine.fill(fetch, data, started.elapsed());
+        Ok(())
+    }
+
+    fn wait(&self, ticket: Ticket) {
+        let (wake, woken) = bounded(1);
+        let waiting = self.engine.wait(ticket, move || {
+            // Nobody listens any more where the reader is gone.
+            let _ = wake.send(());
+        });
+        if waiting {
+            // An error says that the engine is closing; then the plan says "base".
+            let _ = woken.recv();
+        }
     }
 
     fn read_base(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {

@@ -6,12 +6,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use super::join;
 use super::populate::is_used_up;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, SUBCLUSTERS, SubclusterBits};
 use crate::image::{self, Access, BaseState, Image, Scan, Use};
+use crate::live::LiveFile;
 use crate::live::slot::{Counters, SLOTS, is_held};
-use crate::live::{LiveFile, LiveIdentity};
 
 /// How long a check waits for a checkpoint that is being written.
 const CHECK_PATIENCE: Duration = Duration::from_secs(10);
@@ -201,9 +202,7 @@ fn values(counters: &Counters) -> [u64; COUNTERS.len()] {
 
 /// The live state of an image, if there is a current one.
 fn open_live(image: &Image) -> Result<Option<LiveFile>> {
-    let identity = LiveIdentity::of(image.file(), image.header().cache.uuid, *image.geometry())
-        .map_err(|err| Error::io("identify", image.path(), &err))?;
-    let live = LiveFile::open(&image.live_path(), &identity, || image.read_checkpoints(), false)?;
+    let live = join::find_live(image, &join::identity(image)?, false)?;
     Ok(live.filter(|live| !live.has_failed()))
 }
 
@@ -249,12 +248,10 @@ pub fn check(path: &Path, repair: bool, progress: impl FnMut(u64, u64)) -> Resul
     let wrong = scan.damages != 0 || !scan.leaks.is_empty();
     if wrong {
         // The live state was made from the damaged tables.
-        match std::fs::remove_file(image.live_path()) {
-            Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("remove", &image.live_path(), &err));
-            }
-            _ => image::repair(&image, &scan)?,
-        }
+        image.disown_live_files()?;
+        // Worthless now; whether it can be removed does not matter.
+        let _ = std::fs::remove_file(image.live_path());
+        image::repair(&image, &scan)?;
     }
     Ok(CheckReport { scan, base, repaired: wrong })
 }

@@ -17,13 +17,17 @@
 //! that opens the image for writing is refused while vmcache uses it, and the other way round;
 //! readers get along.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use xattr::FileExt as _;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -36,6 +40,8 @@ const QEMU_SHARED_BASE: u64 = 200;
 const PERM_CONSISTENT_READ: u64 = 0;
 const PERM_WRITE: u64 = 1;
 const PERM_RESIZE: u64 = 3;
+/// Extended attribute of the image file with the path of its live file.
+const LIVE_PATH: &str = "user.vmcache.live";
 const USE_BYTE: u64 = 400;
 const JOIN_BYTE: u64 = 401;
 const CHECKPOINT_BYTE: u64 = 402;
@@ -100,6 +106,25 @@ impl Image {
         let mut name = self.path.as_os_str().to_owned();
         name.push(".live");
         name.into()
+    }
+
+    /// Where a live state of this image may be: under this name, or under another name of the same
+    /// file (a hard link), as whoever made it has noted.
+    pub fn live_paths(&self) -> Vec<PathBuf> {
+        let noted = self.file.get_xattr(LIVE_PATH).ok().flatten();
+        let noted = noted.map(|name| PathBuf::from(OsString::from_vec(name)));
+        let own = self.live_path();
+        let other = noted.filter(|path| *path != own && path.is_absolute());
+        std::iter::once(own).chain(other).collect()
+    }
+
+    /// Notes on the file itself that its live state is under this name.
+    pub fn note_live_path(&self) {
+        let name = self.live_path().into_os_string().into_vec();
+        if let Err(err) = self.file.set_xattr(LIVE_PATH, &name) {
+            // Then other names of the file do not lead to it, and their users pass through.
+            log::debug!("could not note the live file on '{}': {err}", self.path.display());
+        }
     }
 
     /// The open file.
@@ -231,6 +256,15 @@ impl Image {
     /// Notes the number of checkpoints in the header.
     pub fn write_checkpoints(&self, number: u64) -> Result<()> {
         self.write(&number.to_be_bytes(), self.header.checkpoints_offset())
+    }
+
+    /// Makes all live files of this image worthless, whatever name they have: gives the header a
+    /// number of checkpoints that none of them knows (the next one they may know is one more than
+    /// the last). Only alone. Returns the number.
+    pub fn disown_live_files(&self) -> Result<u64> {
+        let number = self.read_checkpoints()?.wrapping_add(2);
+        self.write_checkpoints(number)?;
+        Ok(number)
     }
 
     /// Announces the use of the live state (lock byte 400); `false` where others are in the way.

@@ -23,17 +23,23 @@ pub fn discard_unused(image: &Image, scan: &Scan) {
     }
 }
 
-/// Drops all that contradicts something, so that the base answers for it again, and gives leaked
-/// clusters back.
+/// Makes an image consistent again. Wrong refcounts are written anew and leaked clusters given
+/// back. Where an L2 entry is damaged all of them are dropped: what damaged one may have turned
+/// another into one that looks sound and names somebody else's data, and a cache can be filled
+/// again.
 pub fn repair(image: &Image, scan: &Scan) -> Result<()> {
     image.write_fixed_tables()?;
-    for cluster in &scan.damaged_clusters {
-        image.write_l2_entries(*cluster, &[L2Entry::default()])?;
+    let dropped = !scan.damaged_clusters.is_empty();
+    if dropped {
+        let entries = scan.entries.keys().chain(&scan.damaged_clusters);
+        for cluster in entries {
+            image.write_l2_entries(*cluster, &[L2Entry::default()])?;
+        }
     }
     // No entry may be left without a refcount, whichever of the two reaches the disk first.
     image.sync()?;
     image.write_refcounts(0, image.layout().data, 1)?;
-    for host in scan.entries.values().filter_map(|entry| entry.host) {
+    for host in scan.entries.values().filter(|_| !dropped).filter_map(|entry| entry.host) {
         image.write_refcounts(host.0 >> image.geometry().cluster_bits(), 1, 1)?;
     }
     image.sync()?;

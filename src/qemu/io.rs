@@ -16,13 +16,13 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Instant;
 
 use libc::iovec;
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use super::api;
 use super::call::field;
 use super::node::Node;
 use super::symbols::{BdrvChild, BlockDriverState, Coroutine, QEMUIOVector};
-use crate::engine::{Fetch, MAX_WAITS, Part, Step, Ticket};
+use crate::engine::{Fetch, Part, Step, Ticket, WAIT_LIMIT};
 use crate::format::{ByteRange, HostOffset};
 
 /// A positive errno value.
@@ -49,7 +49,7 @@ pub(super) unsafe fn read(
     let vector = unsafe { Vector::new(qiov, qiov_offset, range) };
     let request = Request { node, bs, vector };
     // SAFETY: as promised by the caller.
-    unsafe { request.read(range, MAX_WAITS) }
+    unsafe { request.read(range) }
 }
 
 /// Reads a range from the backing child alone.
@@ -175,6 +175,9 @@ unsafe fn read_backing(
     if ret < 0 { Err(-ret) } else { Ok(true) }
 }
 
+/// Parts that wait for somebody else's fetch.
+type Later = SmallVec<[(ByteRange, Ticket); 2]>;
+
 struct Request<'a> {
     node: &'a Node,
     bs: *mut BlockDriverState,
@@ -184,10 +187,40 @@ struct Request<'a> {
 impl Request<'_> {
     /// # Safety
     /// As for [`read`].
-    unsafe fn read(&self, range: ByteRange, waits: u32) -> Result<(), Errno> {
-        let engine = self.node.engine();
-        let mut later: SmallVec<[(ByteRange, Ticket); 2]> = SmallVec::new();
-        for Part { guest, step } in engine.plan(range) {
+    unsafe fn read(&self, range: ByteRange) -> Result<(), Errno> {
+        let mut to_plan: SmallVec<[ByteRange; 2]> = smallvec![range];
+        let mut waiting_since = None;
+        while !to_plan.is_empty() {
+            let mut later = Later::new();
+            for range in to_plan.drain(..) {
+                // SAFETY: as promised by the caller.
+                unsafe { self.read_planned(range, &mut later) }?;
+            }
+            // Others are waited for only when nothing that they may wait for is left to do here.
+            for (part, ticket) in later {
+                let since: &mut Instant = waiting_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > WAIT_LIMIT {
+                    // SAFETY: as promised by the caller.
+                    unsafe { self.base(part) }?;
+                    continue;
+                }
+                let wake = Wake::this_coroutine();
+                if self.node.engine().wait(ticket, move || wake.wake()) {
+                    // SAFETY: in a coroutine (caller), and the engine wakes it.
+                    unsafe { yield_coroutine() };
+                }
+                to_plan.push(part);
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what a plan says at once; what has to wait is left in `later`.
+    ///
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn read_planned(&self, range: ByteRange, later: &mut Later) -> Result<(), Errno> {
+        for Part { guest, step } in self.node.engine().plan(range) {
             // SAFETY: as promised by the caller.
             unsafe {
                 match step {
@@ -197,21 +230,6 @@ impl Request<'_> {
                     Step::Base => self.base(guest)?,
                     Step::Wait(ticket) => later.push((guest, ticket)),
                 }
-            }
-        }
-        // Others are waited for only when nothing that they may wait for is left to do here.
-        for (guest, ticket) in later {
-            // SAFETY: as promised by the caller.
-            unsafe {
-                if waits == 0 {
-                    self.base(guest)?;
-                    continue;
-                }
-                let wake = Wake::this_coroutine();
-                if engine.wait(ticket, move || wake.wake()) {
-                    yield_coroutine();
-                }
-                self.read(guest, waits - 1)?;
             }
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Many readers of one image in one process: each block is fetched once, nobody waits for ever.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -112,6 +113,35 @@ fn image_under_a_symlink_is_the_same_image() {
     // The last fills of the first reader may still be on their way.
     assert!(counted.most_reads_of_a_subcluster() <= 1);
     assert!(counted.reads() <= 1, "{} reads", counted.reads());
+}
+
+#[test]
+fn image_under_a_hard_link_is_the_same_image() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    let link = fixture.dir.path().join("link");
+    std::fs::hard_link(fixture.image(), &link).unwrap();
+    let first = fixture.reader();
+    fixture.read_everything(&first);
+    let counted = fixture.counted_base();
+    let engine = Arc::new(Engine::open(&link, &Options::default()).unwrap());
+    fixture.read_everything(&Reader::new(engine, counted.clone()));
+    // The last fills of the first reader may still be on their way.
+    assert!(counted.reads() <= 1, "{} reads", counted.reads());
+}
+
+#[test]
+fn live_file_that_was_away_while_a_new_one_was_made_is_worthless() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    fixture.read_everything(&fixture.reader());
+    let away = fixture.dir.path().join("away");
+    std::fs::rename(fixture.live(), &away).unwrap();
+    drop(fixture.engine());
+    std::fs::rename(&away, fixture.live()).unwrap();
+    let inode = || std::fs::metadata(fixture.live()).unwrap().ino();
+    let returned = inode();
+    drop(fixture.engine());
+    assert_ne!(inode(), returned);
+    fixture.assert_sound();
 }
 
 #[test]
