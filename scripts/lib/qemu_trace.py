@@ -88,7 +88,9 @@ def select(found, driver=None, filename=None):
 
 def main():
     parser = argparse.ArgumentParser(description="Sums what each block node of a QEMU process was asked to read.")
-    parser.add_argument("trace", help="log of the events bdrv_open_common and bdrv_co_preadv_part")
+    parser.add_argument(
+        "trace", nargs="+", help="logs of the events bdrv_open_common and bdrv_co_preadv_part"
+    )
     parser.add_argument("--driver", help="only nodes of this driver (nfs, file, raw, qcow2, ...), summed")
     parser.add_argument("--filename", help="only nodes whose file name ends so, summed")
     parser.add_argument(
@@ -98,7 +100,7 @@ def main():
     )
     options = parser.parse_args()
 
-    found = nodes(options.trace)
+    found = [node for trace in options.trace for node in nodes(trace)]
     if options.driver is None and options.filename is None:
         result = [node.summary() for node in found if node.reads]
     else:
