@@ -130,10 +130,7 @@ impl<'a> Checkpoint<'a> {
     fn write(self, core: &Core, live: &LiveFile) -> Result<()> {
         let written = self.write_tables(core, live);
         match &written {
-            Ok(()) => {
-                core.counters().checkpoints.add(1);
-                populate::settle(core, 0);
-            }
+            Ok(()) => populate::settle(core, 0),
             // Still to be done, by whoever comes next.
             Err(_) => self.groups.iter().for_each(|cluster| live.mark_dirty(*cluster)),
         }
@@ -177,6 +174,8 @@ impl<'a> Checkpoint<'a> {
             }
         }
         live.end_checkpoint(number);
+        // Only one that wrote something: a mark may be set again after its news were taken along.
+        core.counters().checkpoints.add(1);
         Ok(())
     }
 
