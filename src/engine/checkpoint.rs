@@ -62,9 +62,11 @@ pub fn write(core: &Core, patience: Duration) {
     }
 }
 
-/// The checkpoint of a process that leaves.
+/// The checkpoint of a process that leaves. Where others stay it does not wait for one of theirs:
+/// they will do what is left.
 pub fn last(core: &Core) {
-    write(core, CLOSE_PATIENCE);
+    let others = core.image.is_used().unwrap_or(false);
+    write(core, if others { Duration::ZERO } else { CLOSE_PATIENCE });
 }
 
 /// What a checkpoint is about to write.

@@ -113,6 +113,25 @@ impl Waiter {
     }
 }
 
+/// What is left to do when the thread panics: nobody may be left waiting for it.
+struct Panicked<'a>(&'a Shared);
+
+impl Drop for Panicked<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let left = {
+            let mut state = self.0.state.lock();
+            state.running = false;
+            std::mem::take(&mut state.waits)
+        };
+        for wait in left {
+            (wait.wake)();
+        }
+    }
+}
+
 impl Shared {
     fn claim(&self, cluster: u64, subcluster: u32) -> Option<&Claim> {
         self.core.live()?.claims(cluster)?.get(subcluster as usize)
@@ -125,6 +144,7 @@ impl Shared {
     }
 
     fn run(&self) {
+        let _panicked = Panicked(self);
         let Some(live) = self.core.live() else { return };
         let mut next_pulse = Instant::now();
         loop {

@@ -16,16 +16,16 @@ use super::layout::verify_reopen;
 use super::node::{Node, OpenError};
 use super::register::Callbacks;
 use super::symbols::{
-    BDRVReopenState, BlockDriverInfo, BlockDriverState, BlockReopenQueue, QDict, QEMUIOVector,
-    QemuError,
+    BDRVReopenState, BdrvChild, BlockDriverInfo, BlockDriverState, BlockReopenQueue, QDict,
+    QEMUIOVector, QemuError,
 };
 use super::{api, io};
 use crate::engine::Presence;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::ByteRange;
 
 /// Largest request that QEMU passes down in one piece: bounds what one read claims and buffers.
-const MAX_TRANSFER: u32 = 16 << 20;
+const MAX_TRANSFER: u32 = 2 << 20;
 
 /// What is registered.
 pub(super) static CALLBACKS: Callbacks = Callbacks {
@@ -39,6 +39,11 @@ pub(super) static CALLBACKS: Callbacks = Callbacks {
     getlength,
     get_info,
 };
+
+/// Runs the inside of a callback; `None` where it panicked, which QEMU must never see.
+fn guarded<R>(inside: impl FnOnce() -> R) -> Option<R> {
+    catch_unwind(AssertUnwindSafe(inside)).ok()
+}
 
 /// The place in a node's `opaque` where its [`Node`] is kept.
 ///
@@ -65,34 +70,34 @@ unsafe extern "C" fn open(
     flags: c_int,
     errp: *mut *mut QemuError,
 ) -> c_int {
-    let opened = catch_unwind(AssertUnwindSafe(|| {
+    let opened = guarded(|| {
         init_log();
         // SAFETY: QEMU's own arguments.
-        unsafe { Node::open(bs, options, flags, errp) }
-    }));
-    let err = match opened {
-        Ok(Ok(node)) => {
-            // SAFETY: the layout is verified and `opaque` is there; nobody else knows it yet.
-            unsafe { place(bs).write(Box::into_raw(Box::new(node))) };
-            return 0;
-        }
-        Ok(Err(OpenError::Told(ret))) => return ret,
-        Ok(Err(OpenError::Ours(err))) => err,
-        Err(_) => Error::new(ErrorKind::Io, "internal error of vmcache while opening"),
-    };
-    // SAFETY: QEMU's errp, which is empty where the error is ours.
-    unsafe { set_error(api(), errp, &err) }
+        let node = match unsafe { Node::open(bs, options, flags, errp) } {
+            Ok(node) => node,
+            Err(OpenError::Told(ret)) => return ret,
+            // SAFETY: QEMU's errp, which is empty where the error is ours.
+            Err(OpenError::Ours(err)) => return unsafe { set_error(api(), errp, &err) },
+        };
+        // SAFETY: the layout is verified and `opaque` is there; nobody else knows it yet.
+        unsafe { place(bs).write(Box::into_raw(Box::new(node))) };
+        0
+    });
+    // block.c words an error of its own where none is set.
+    opened.unwrap_or(-libc::EFAULT)
 }
 
 unsafe extern "C" fn close(bs: *mut BlockDriverState) {
-    // SAFETY: the last call for this node; the place is emptied so that nothing finds it again.
-    let node = unsafe { place(bs).replace(std::ptr::null_mut()) };
-    if !node.is_null() {
-        // SAFETY: made by Box::into_raw in `open`, taken out just now.
-        let node = unsafe { Box::from_raw(node) };
-        if catch_unwind(AssertUnwindSafe(|| drop(node))).is_err() {
-            log::error!("internal error while closing");
+    let closed = guarded(|| {
+        // SAFETY: the last call for this node; the place is emptied so that nothing finds it again.
+        let node = unsafe { place(bs).replace(std::ptr::null_mut()) };
+        if !node.is_null() {
+            // SAFETY: made by Box::into_raw in `open`, taken out just now.
+            drop(unsafe { Box::from_raw(node) });
         }
+    });
+    if closed.is_none() {
+        let _ = guarded(|| log::error!("internal error while closing"));
     }
 }
 
@@ -101,39 +106,48 @@ unsafe extern "C" fn reopen_prepare(
     _queue: *mut BlockReopenQueue,
     errp: *mut *mut QemuError,
 ) -> c_int {
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        let api = api();
-        // SAFETY: QEMU's reopen state.
-        unsafe { verify_reopen(api, state) }?;
-        // SAFETY: the same, its layout verified.
-        let flags = unsafe { field::<_, c_int>(state, api.layout.reopen_flags).read() };
-        if flags & api.layout.o_rdwr as c_int != 0 {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                "vmcache is read-only and cannot be reopened for writing",
-            ));
+    let prepared = guarded(|| {
+        // SAFETY: QEMU's reopen state and its empty errp.
+        unsafe {
+            match reopen_flags(state) {
+                Ok(flags) if flags & api().layout.o_rdwr as c_int == 0 => 0,
+                Ok(_) => {
+                    let what = "vmcache is read-only and cannot be reopened for writing";
+                    set_error(api(), errp, &Error::new(ErrorKind::Invalid, what))
+                }
+                Err(err) => set_error(api(), errp, &err),
+            }
         }
-        Ok(())
-    }));
-    let err = match result {
-        Ok(Ok(())) => return 0,
-        Ok(Err(err)) => err,
-        Err(_) => Error::new(ErrorKind::Io, "internal error of vmcache while reopening"),
-    };
-    // SAFETY: QEMU's errp, still empty.
-    unsafe { set_error(api(), errp, &err) }
+    });
+    prepared.unwrap_or(-libc::EFAULT)
+}
+
+/// The flags that a node is to be reopened with.
+///
+/// # Safety
+/// `state` must be what QEMU passed to `bdrv_reopen_prepare`.
+unsafe fn reopen_flags(state: *mut BDRVReopenState) -> Result<c_int> {
+    let api = api();
+    // SAFETY: QEMU's reopen state (caller); its layout is verified before it is used.
+    unsafe {
+        verify_reopen(api, state)?;
+        Ok(field::<_, c_int>(state, api.layout.reopen_flags).read())
+    }
 }
 
 unsafe extern "C" fn refresh_limits(bs: *mut BlockDriverState, _errp: *mut *mut QemuError) {
-    let layout = &api().layout;
-    // SAFETY: a live node of ours; the layout is verified, the size is the field's.
-    unsafe {
-        match layout.bl_max_transfer_size {
-            4 => field::<_, u32>(bs, layout.bl_max_transfer).write(MAX_TRANSFER),
-            8 => field::<_, u64>(bs, layout.bl_max_transfer).write(u64::from(MAX_TRANSFER)),
-            _ => {}
+    // Without a limit requests only are longer.
+    let _ = guarded(|| {
+        let layout = &api().layout;
+        // SAFETY: a live node of ours; the layout is verified, the size is the field's.
+        unsafe {
+            match layout.bl_max_transfer_size {
+                4 => field::<_, u32>(bs, layout.bl_max_transfer).write(MAX_TRANSFER),
+                8 => field::<_, u64>(bs, layout.bl_max_transfer).write(u64::from(MAX_TRANSFER)),
+                _ => {}
+            }
         }
-    }
+    });
 }
 
 unsafe extern "C" fn co_preadv_part(
@@ -144,27 +158,24 @@ unsafe extern "C" fn co_preadv_part(
     qiov_offset: usize,
     _flags: c_int,
 ) -> c_int {
-    // SAFETY: a read of an open node.
-    let node = unsafe { node(bs) };
     let range = ByteRange { start: offset as u64, len: bytes as u64 };
-    if !node.is_poisoned() {
-        // SAFETY: in a coroutine, graph locked for reading, the vector is QEMU's.
-        let read = catch_unwind(AssertUnwindSafe(|| unsafe {
-            io::read(node, bs, range, qiov, qiov_offset)
-        }));
-        match read {
-            Ok(Ok(())) => return 0,
-            Ok(Err(errno)) => return -errno,
-            Err(_) => node.poison(),
+    let status = |read: std::result::Result<(), c_int>| read.map_or_else(|errno| -errno, |()| 0);
+    let read = guarded(|| {
+        // SAFETY: a read of an open node.
+        let node = unsafe { node(bs) };
+        if node.is_poisoned() {
+            return None;
         }
-    }
+        // SAFETY: in a coroutine, graph locked for reading, the vector is QEMU's.
+        let read = guarded(|| unsafe { io::read(node, bs, range, qiov, qiov_offset) });
+        if read.is_none() {
+            node.poison();
+        }
+        read.map(status)
+    });
     // SAFETY: as above.
-    match catch_unwind(AssertUnwindSafe(|| unsafe { io::read_base(bs, range, qiov, qiov_offset) }))
-    {
-        Ok(Ok(())) => 0,
-        Ok(Err(errno)) => -errno,
-        Err(_) => -libc::EIO,
-    }
+    let base = || unsafe { io::read_base(bs, range, qiov, qiov_offset) };
+    read.flatten().or_else(|| guarded(base).map(status)).unwrap_or(-libc::EIO)
 }
 
 unsafe extern "C" fn co_block_status(
@@ -176,43 +187,45 @@ unsafe extern "C" fn co_block_status(
     map: *mut i64,
     file: *mut *mut BlockDriverState,
 ) -> c_int {
-    let layout = &api().layout;
-    // SAFETY: a query of an open node.
-    let node = unsafe { node(bs) };
     let range = ByteRange { start: offset as u64, len: bytes as u64 };
-    let found = catch_unwind(AssertUnwindSafe(|| node.engine().status_of(range)));
-    let (presence, len) = found.unwrap_or_else(|_| {
-        node.poison();
-        (Presence::Absent, range.len)
-    });
-    // SAFETY: QEMU's places for the answer, never NULL for a driver (block/io.c).
-    unsafe {
-        pnum.write(len as i64);
-        match presence {
-            Presence::Data(host) => {
-                let child = field::<_, *mut super::symbols::BdrvChild>(bs, layout.bs_file).read();
-                map.write(host.0 as i64);
-                file.write(field::<_, *mut BlockDriverState>(child, layout.child_bs).read());
-                (layout.block_data | layout.block_offset_valid) as c_int
+    let found = guarded(|| {
+        let layout = &api().layout;
+        // SAFETY: a query of an open node.
+        let (presence, len) = unsafe { node(bs) }.engine().status_of(range);
+        // SAFETY: QEMU's places for the answer, never NULL for a driver (block/io.c).
+        unsafe {
+            pnum.write(len as i64);
+            match presence {
+                Presence::Data(host) => {
+                    let child = field::<_, *mut BdrvChild>(bs, layout.bs_file).read();
+                    map.write(host.0 as i64);
+                    file.write(field::<_, *mut BlockDriverState>(child, layout.child_bs).read());
+                    (layout.block_data | layout.block_offset_valid) as c_int
+                }
+                Presence::Zero => layout.block_zero as c_int,
+                Presence::Absent => 0,
             }
-            Presence::Zero => layout.block_zero as c_int,
-            Presence::Absent => 0,
         }
-    }
+    });
+    found.unwrap_or_else(|| {
+        // SAFETY: as above. The base knows all of it.
+        unsafe { pnum.write(bytes) };
+        0
+    })
 }
 
 unsafe extern "C" fn getlength(bs: *mut BlockDriverState) -> i64 {
     // SAFETY: a query of an open node.
-    unsafe { node(bs) }.length() as i64
+    guarded(|| unsafe { node(bs) }.length() as i64).unwrap_or(i64::from(-libc::EIO))
 }
 
 unsafe extern "C" fn get_info(bs: *mut BlockDriverState, info: *mut BlockDriverInfo) -> c_int {
     // SAFETY: a query of an open node, and QEMU's place for the answer.
-    unsafe {
+    let told = guarded(|| unsafe {
         let unit = node(bs).engine().header().geometry.subcluster_size();
         field::<_, c_int>(info, api().layout.bdi_cluster_size).write(unit as c_int);
-    }
-    0
+    });
+    told.map_or(-libc::ENOTSUP, |()| 0)
 }
 
 /// Starts the log once, on standard error, with the words of `VMCACHE_LOG`.

@@ -3,7 +3,7 @@
 //! thread while the coroutine yields.
 //!
 //! A coroutine is woken by the thread that has its result with `aio_co_wake`, which may be called
-//! before it has yielded: the wake-up is scheduled in the coroutine's own thread.
+//! before it has yielded: the wake-up is scheduled in the coroutine's own thread. See [`Sleep`].
 //!
 //! Used by `driver`.
 #![allow(unsafe_code)]
@@ -12,7 +12,7 @@ use std::ffi::c_int;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::time::Instant;
 
 use libc::iovec;
@@ -29,9 +29,6 @@ use crate::format::{ByteRange, HostOffset};
 type Errno = c_int;
 type IoVec = SmallVec<[iovec; 8]>;
 
-/// Whether the filesystem under the caches refuses RWF_NOWAIT; worth asking only once.
-static NOWAIT_REFUSED: AtomicBool = AtomicBool::new(false);
-
 /// Reads a range of an open node into a vector, from wherever its parts are.
 ///
 /// # Safety
@@ -45,6 +42,8 @@ pub(super) unsafe fn read(
     qiov_offset: usize,
 ) -> Result<(), Errno> {
     node.engine().counters().reads.add(1);
+    // SAFETY: an open node in a coroutine with the graph locked (caller).
+    unsafe { node.watch_base(bs) };
     // SAFETY: a vector of QEMU's (caller).
     let vector = unsafe { Vector::new(qiov, qiov_offset, range) };
     let request = Request { node, bs, vector };
@@ -204,10 +203,11 @@ impl Request<'_> {
                     unsafe { self.base(part) }?;
                     continue;
                 }
-                let wake = Wake::this_coroutine();
-                if self.node.engine().wait(ticket, move || wake.wake()) {
-                    // SAFETY: in a coroutine (caller), and the engine wakes it.
-                    unsafe { yield_coroutine() };
+                let sleep = Sleep::new();
+                let waker = sleep.waker();
+                if self.node.engine().wait(ticket, move || drop(waker)) {
+                    // SAFETY: in the coroutine that made it (caller).
+                    unsafe { sleep.until_done() };
                 }
                 to_plan.push(part);
             }
@@ -245,22 +245,43 @@ impl Request<'_> {
         unsafe { self.vector.read_base(self.bs, part) }
     }
 
+    /// Reads what was claimed, which is more than the guest asked for; where that cannot be had,
+    /// what it asked for.
+    ///
     /// # Safety
     /// As for [`read`].
     unsafe fn fetch(&self, part: ByteRange, fetch: Fetch) -> Result<(), Errno> {
         let range = fetch.range();
-        let mut data = vec![0u8; range.len as usize];
-        let mut iov = [iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() }];
         let started = Instant::now();
-        // SAFETY: as promised by the caller; the buffer lives on this coroutine's stack frame until
-        // the read is done.
-        unsafe { read_backing(self.bs, range, &mut iov) }?;
+        // SAFETY: as promised by the caller.
+        let Some(data) = (unsafe { self.read_claimed(range) }) else {
+            // The claims first: others need not wait for this request.
+            drop(fetch);
+            // SAFETY: as promised by the caller.
+            return unsafe { self.base(part) };
+        };
         let from = (part.start - range.start) as usize;
         if let Some(wanted) = data.get(from..from + part.len as usize) {
             self.vector.fill(part, wanted);
         }
         self.node.engine().fill(fetch, data, started.elapsed());
         Ok(())
+    }
+
+    /// The bytes of a range of the base; `None` where there is no base, no memory, or an error,
+    /// which may lie outside what the guest wants.
+    ///
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn read_claimed(&self, range: ByteRange) -> Option<Vec<u8>> {
+        let len = range.len as usize;
+        let mut data = Vec::new();
+        data.try_reserve_exact(len).ok()?;
+        data.resize(len, 0u8);
+        let mut iov = [iovec { iov_base: data.as_mut_ptr().cast(), iov_len: len }];
+        // SAFETY: as promised by the caller; the buffer outlives the read.
+        let read = unsafe { read_backing(self.bs, range, &mut iov) };
+        matches!(read, Ok(true)).then_some(data)
     }
 
     /// # Safety
@@ -270,13 +291,21 @@ impl Request<'_> {
         let fd = engine.image().file().as_raw_fd();
         let mut rest = Rest { iov: self.vector.slice(part), at: host.0, fd };
         // SAFETY: guest memory that QEMU gave for this request, until it completes.
-        let mut result = unsafe { rest.read_now() };
+        let mut result =
+            if self.node.may_read_now() { unsafe { rest.read_now() } } else { Ok(false) };
+        if matches!(result, Err(libc::EOPNOTSUPP)) {
+            self.node.set_no_read_now();
+            result = Ok(false);
+        }
         if matches!(result, Ok(false)) {
             // SAFETY: the same; the coroutine does not complete before the thread is done.
             result = unsafe { self.read_in_thread(rest) }.map(|()| true);
         }
         if let Err(errno) = result {
-            engine.hit_failed(&io::Error::from_raw_os_error(errno));
+            // Anything else is about the guest's memory or this process, not about the image.
+            if errno == libc::EIO {
+                engine.hit_failed(&io::Error::from_raw_os_error(errno));
+            }
             // SAFETY: as promised by the caller.
             unsafe { self.base(part) }?;
         }
@@ -286,52 +315,85 @@ impl Request<'_> {
     /// # Safety
     /// As for [`read`], `rest` being memory of this request.
     unsafe fn read_in_thread(&self, mut rest: Rest) -> Result<(), Errno> {
-        let result = Arc::new(AtomicI32::new(0));
-        let wake = Wake::this_coroutine();
+        // What stands if the thread does not get to say otherwise.
+        let result = Arc::new(AtomicI32::new(libc::ECANCELED));
+        let sleep = Sleep::new();
+        let waker = sleep.waker();
         let (mut job, told) = (rest.clone(), Arc::clone(&result));
         let runs = self.node.engine().run_blocking(move || {
-            // SAFETY: the request, and with it its memory, waits for the wake-up below.
+            // SAFETY: the request, and with it its memory, waits until the waker is dropped.
             let read = unsafe { job.read_all() };
-            told.store(read.err().unwrap_or(0), Ordering::Release);
-            wake.wake();
+            told.store(read.err().unwrap_or(0), Ordering::Relaxed);
+            drop(waker);
         });
         if !runs {
             // SAFETY: as promised by the caller. It blocks, where no thread can be had at all.
             return unsafe { rest.read_all() };
         }
-        // SAFETY: in a coroutine (caller), and the thread wakes it.
-        unsafe { yield_coroutine() };
-        match result.load(Ordering::Acquire) {
+        // SAFETY: in the coroutine that made it (caller).
+        unsafe { sleep.until_done() };
+        match result.load(Ordering::Relaxed) {
             0 => Ok(()),
             errno => Err(errno),
         }
     }
 }
 
-/// Wakes a coroutine, once.
-struct Wake(*mut Coroutine);
+/// A coroutine that goes to sleep until another thread is done, whichever of the two is first.
+struct Sleep {
+    coroutine: *mut Coroutine,
+    state: Arc<AtomicU8>,
+}
+
+/// The other thread is at it, and the coroutine does not sleep yet.
+const AWAKE: u8 = 0;
+/// The coroutine sleeps: the other thread has to wake it.
+const ASLEEP: u8 = 1;
+/// The other thread is done.
+const DONE: u8 = 2;
+
+/// Held by the other thread; dropping it, for whatever reason, is being done. So a guest's read
+/// does not sleep for ever even if that thread panics.
+struct Waker {
+    coroutine: *mut Coroutine,
+    state: Arc<AtomicU8>,
+}
 
 // SAFETY: aio_co_wake may be called from any thread (block/aio.h), and nothing else is done with
-// the pointer.
-unsafe impl Send for Wake {}
+// the coroutine.
+unsafe impl Send for Waker {}
 
-impl Wake {
-    fn this_coroutine() -> Self {
-        // SAFETY: reads of this driver run in coroutines.
-        Wake(unsafe { (api().symbols.qemu_coroutine_self)() })
-    }
-
-    fn wake(self) {
-        // SAFETY: the coroutine has yielded or is about to, and is woken only here.
-        unsafe { (api().symbols.aio_co_wake)(self.0) };
+impl Drop for Waker {
+    fn drop(&mut self) {
+        // Releases what this thread wrote to the coroutine, which acquires it in `until_done`.
+        if self.state.swap(DONE, Ordering::AcqRel) == ASLEEP {
+            // SAFETY: the coroutine has yielded or is about to, and is woken only here.
+            unsafe { (api().symbols.aio_co_wake)(self.coroutine) };
+        }
     }
 }
 
-/// # Safety
-/// In a coroutine that somebody wakes.
-unsafe fn yield_coroutine() {
-    // SAFETY: as promised by the caller.
-    unsafe { (api().symbols.qemu_coroutine_yield)() };
+impl Sleep {
+    fn new() -> Self {
+        // SAFETY: reads of this driver run in coroutines.
+        let coroutine = unsafe { (api().symbols.qemu_coroutine_self)() };
+        Sleep { coroutine, state: Arc::new(AtomicU8::new(AWAKE)) }
+    }
+
+    fn waker(&self) -> Waker {
+        Waker { coroutine: self.coroutine, state: Arc::clone(&self.state) }
+    }
+
+    /// Yields until the one waker that was made is dropped.
+    ///
+    /// # Safety
+    /// In the coroutine that made this.
+    unsafe fn until_done(self) {
+        if self.state.swap(ASLEEP, Ordering::AcqRel) == AWAKE {
+            // SAFETY: in a coroutine (caller), which the waker wakes.
+            unsafe { (api().symbols.qemu_coroutine_yield)() };
+        }
+    }
 }
 
 /// What is still to be read from the image file, and where to.
@@ -352,17 +414,10 @@ impl Rest {
     /// # Safety
     /// The memory must be good for writing.
     unsafe fn read_now(&mut self) -> Result<bool, Errno> {
-        if NOWAIT_REFUSED.load(Ordering::Relaxed) {
-            return Ok(false);
-        }
         // SAFETY: as promised by the caller.
         match unsafe { self.read_some(libc::RWF_NOWAIT) } {
             Ok(()) => Ok(self.iov.is_empty()),
             Err(libc::EAGAIN) => Ok(false),
-            Err(libc::EOPNOTSUPP) => {
-                NOWAIT_REFUSED.store(true, Ordering::Relaxed);
-                Ok(false)
-            }
             Err(errno) => Err(errno),
         }
     }

@@ -38,8 +38,12 @@ pub(super) struct Node {
     engine: Engine,
     /// Bytes of the disk: the base's where the cache is bypassed.
     length: u64,
+    /// The node under the backing child as it was held against the cache; NULL without one.
+    base: *mut BlockDriverState,
     /// A callback panicked; the base alone is used from then on.
     poisoned: AtomicBool,
+    /// The image's filesystem refuses RWF_NOWAIT.
+    no_read_now: AtomicBool,
 }
 
 impl Node {
@@ -77,20 +81,24 @@ impl Node {
         })?;
         // SAFETY: verified above, and the file child was opened just now.
         let file = unsafe { cache_path(api, verify_file(api, bs)?) }?;
+        // QEMU keeps this flag from drivers, but not from their nodes.
+        // SAFETY: the node being opened; the layout is verified.
+        let node_flags = unsafe { field::<_, c_int>(bs, api.layout.bs_open_flags).read() };
+        let no_backing = node_flags & api.layout.o_no_backing as c_int != 0;
         let no_io = flags & api.layout.o_no_io as c_int != 0;
-        let engine =
-            Engine::open(&file, &Options { populate: populate && !no_io, ..Options::default() })?;
+        // Without a base there is nothing that could be stored.
+        let populate = populate && !no_io && !no_backing;
+        let engine = Engine::open(&file, &Options { populate, ..Options::default() })?;
         // SAFETY: the node being opened; the layout is verified.
         unsafe { name_base(api, bs, &engine) }?;
         let mut node = Node {
             length: engine.header().geometry.virtual_size(),
             engine,
+            base: std::ptr::null_mut(),
             poisoned: AtomicBool::new(false),
+            no_read_now: AtomicBool::new(false),
         };
-        // QEMU keeps this flag from drivers, but not from their nodes.
-        // SAFETY: the node being opened; the layout is verified.
-        let node_flags = unsafe { field::<_, c_int>(bs, api.layout.bs_open_flags).read() };
-        if node_flags & api.layout.o_no_backing as c_int == 0 {
+        if !no_backing {
             // Opened here and not by QEMU afterwards, so that a changed base can fail the open.
             // SAFETY: main thread; all arguments are QEMU's or static.
             told(unsafe {
@@ -111,10 +119,11 @@ impl Node {
     /// `child` must be the node's backing child; main thread, outside coroutines.
     unsafe fn check_base(&mut self, api: &Api, child: *mut BdrvChild, bypass: bool) -> Result<()> {
         // SAFETY: a live child and the node under it (caller).
-        let (size, file) = unsafe {
+        let (base, size, file) = unsafe {
             let base = field::<_, *mut BlockDriverState>(child, api.layout.child_bs).read();
-            ((api.symbols.bdrv_getlength)(base), local_file(api, base))
+            (base, (api.symbols.bdrv_getlength)(base), local_file(api, base))
         };
+        self.base = base;
         let size = u64::try_from(size).map_err(|_| {
             let err = std::io::Error::from_raw_os_error(-size as i32);
             Error::new(ErrorKind::Io, format!("could not get the length of the base: {err}"))
@@ -129,6 +138,36 @@ impl Node {
         self.engine.bypass(&what);
         self.length = size;
         Ok(())
+    }
+
+    /// Gives the cache up when the base is no longer the one that was held against it: a reopen or
+    /// a job can put another node under this one at any time.
+    ///
+    /// # Safety
+    /// `bs` must be this node, with the graph locked for reading.
+    pub(super) unsafe fn watch_base(&self, bs: *mut BlockDriverState) {
+        let layout = &api().layout;
+        // SAFETY: the graph does not change while it is locked; the layout is verified.
+        let base = unsafe {
+            let child = field::<_, *mut BdrvChild>(bs, layout.bs_backing).read();
+            match child.is_null() {
+                true => std::ptr::null_mut(),
+                false => field::<_, *mut BlockDriverState>(child, layout.child_bs).read(),
+            }
+        };
+        if base != self.base {
+            self.engine.bypass("another node was put in the place of the base");
+        }
+    }
+
+    /// Whether hits can be tried without waiting.
+    pub(super) fn may_read_now(&self) -> bool {
+        !self.no_read_now.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the image's filesystem does not know RWF_NOWAIT.
+    pub(super) fn set_no_read_now(&self) {
+        self.no_read_now.store(true, Ordering::Relaxed);
     }
 
     /// The engine.
