@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Result;
 use crate::format::{ByteRange, Header};
-use crate::image::{BaseState, Image};
+use crate::image::{self, BaseState, Image};
 use crate::live::slot::Counters;
 
 use self::core::Core;
@@ -117,6 +117,25 @@ impl Engine {
             BaseState::Same => BaseState::of_file(self.header(), file),
             other => other,
         }
+    }
+
+    /// Holds a sample of the base against the one that the first reader noted, or notes it. The
+    /// base is read by the caller's `read`, a few blocks of it; where that fails nothing is known.
+    pub fn check_base_content(
+        &self,
+        read: impl FnMut(&mut [u8], u64) -> std::io::Result<()>,
+    ) -> BaseState {
+        let header = self.header();
+        let Ok(sample) = image::sample_base(header.geometry.virtual_size(), read) else {
+            return BaseState::Unknown;
+        };
+        if header.cache.base.sample.is_none()
+            && self.core.populates()
+            && let Err(err) = self.core.image.write_sample(sample)
+        {
+            log::warn!("{err}; a base that changes may go unnoticed");
+        }
+        BaseState::of_sample(header, sample)
     }
 
     /// Plans a read of a range within the disk. Claims what nobody has and nobody is fetching.

@@ -23,7 +23,8 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) const CACHE_EXTENSION: u32 = 0x766d_6363;
 /// Bytes of the extension's data.
 pub(super) const CACHE_EXTENSION_LEN: usize = 128;
-/// Where the number of checkpoints stands in the data.
+/// Where the number of checkpoints stands in the data, behind all that only creation and the first
+/// reader write.
 pub(super) const CHECKPOINTS_AT: usize = 88;
 
 const VERSION: u32 = 1;

@@ -6,7 +6,7 @@
 
 use super::extension::{CACHE_EXTENSION, CACHE_EXTENSION_LEN, CHECKPOINTS_AT, Reader};
 use super::layout::REFCOUNT_ORDER;
-use super::{CacheExtension, Geometry, HostOffset, Layout};
+use super::{BaseIdentity, CacheExtension, Geometry, HostOffset, Layout};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The header and everything that belongs to it fit into the smallest cluster.
@@ -81,6 +81,15 @@ impl Header {
     /// Host offset of the eight bytes that hold the number of checkpoints.
     pub fn checkpoints_offset(&self) -> HostOffset {
         HostOffset((self.cache_at + CHECKPOINTS_AT) as u64)
+    }
+
+    /// What to write, and where, to note the sample of the base in the header: a part of one
+    /// sector, without the number of checkpoints, which others may be writing.
+    pub fn sample_note(&self, sample: [u8; 32]) -> (HostOffset, Vec<u8>) {
+        let base = BaseIdentity { sample: Some(sample), ..self.cache.base };
+        let noted = CacheExtension { base, ..self.cache.clone() };
+        let bytes = noted.encode().into_iter().take(CHECKPOINTS_AT).collect();
+        (HostOffset(self.cache_at as u64), bytes)
     }
 
     /// The bytes at the start of the file.

@@ -254,6 +254,12 @@ impl Image {
         self.write(&layout.encode_l1_table(), layout.offset(layout.l1_table))
     }
 
+    /// Notes the sample of the base in the header.
+    pub fn write_sample(&self, sample: [u8; 32]) -> Result<()> {
+        let (at, bytes) = self.header.sample_note(sample);
+        self.write(&bytes, at)
+    }
+
     /// Notes the number of checkpoints in the header.
     pub fn write_checkpoints(&self, number: u64) -> Result<()> {
         self.write(&number.to_be_bytes(), self.header.checkpoints_offset())

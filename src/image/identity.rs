@@ -6,6 +6,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
+
 use crate::format::{BaseIdentity, Header, SECTOR};
 
 /// A base that is a file this machine can look at, as opposed to a URL or a `json:` name.
@@ -55,7 +57,40 @@ pub enum BaseState {
     Unknown,
 }
 
+/// Bytes of each sampled block.
+const SAMPLE_BLOCK: u64 = 4096;
+/// Sampled blocks that are spread over the disk.
+const SPREAD: u64 = 12;
+
+/// Takes the sample of a base of `size` bytes: SHA-256 over the blocks that change with nearly
+/// everything (the partition table, the superblock of a first partition at 1 MiB, where filesystems
+/// keep the time of the last write, and the end, where GPT has its copy) and some in between.
+pub fn sample_base(
+    size: u64,
+    mut read: impl FnMut(&mut [u8], u64) -> io::Result<()>,
+) -> io::Result<[u8; 32]> {
+    let spread = (1..=SPREAD).map(|part| size / (SPREAD + 1) * part / SAMPLE_BLOCK * SAMPLE_BLOCK);
+    let ends = [0, 1 << 20, size.saturating_sub(SAMPLE_BLOCK)];
+    let mut hash = Sha256::new();
+    for offset in ends.into_iter().chain(spread).filter(|offset| *offset < size) {
+        let mut block = vec![0; SAMPLE_BLOCK.min(size - offset) as usize];
+        read(&mut block, offset)?;
+        hash.update(&block);
+    }
+    Ok(hash.finalize().into())
+}
+
 impl BaseState {
+    /// Compares a sample with the one that was noted; without one nothing speaks against it.
+    pub fn of_sample(header: &Header, found: [u8; 32]) -> Self {
+        match header.cache.base.sample {
+            Some(expected) if expected != found => BaseState::Changed(
+                "the base's content is not what the cache was made from".to_owned(),
+            ),
+            _ => BaseState::Same,
+        }
+    }
+
     /// Compares what of the identity can be seen from the filesystem, under the header's name.
     pub fn of(header: &Header, image: &Path) -> Self {
         let base = BaseFile::resolve(&header.backing_file, image);

@@ -15,7 +15,7 @@ mod scan;
 
 pub use create::{CreateOptions, create};
 pub use file::{Access, Image, Use};
-pub use identity::{BaseFile, BaseState};
+pub use identity::{BaseFile, BaseState, sample_base};
 pub use repair::{discard_unused, free_leaks, repair};
 pub use scan::{Leak, Scan};
 

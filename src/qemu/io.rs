@@ -290,9 +290,11 @@ impl Request<'_> {
         let engine = self.node.engine();
         let fd = engine.image().file().as_raw_fd();
         let mut rest = Rest { iov: self.vector.slice(part), at: host.0, fd };
-        // SAFETY: guest memory that QEMU gave for this request, until it completes.
-        let mut result =
-            if self.node.may_read_now() { unsafe { rest.read_now() } } else { Ok(false) };
+        let mut result = match self.node.may_read_now() {
+            // SAFETY: guest memory that QEMU gave for this request, until it completes.
+            true => unsafe { rest.read_now() },
+            false => Ok(false),
+        };
         if matches!(result, Err(libc::EOPNOTSUPP)) {
             self.node.set_no_read_now();
             result = Ok(false);

@@ -128,9 +128,19 @@ impl Node {
             let err = std::io::Error::from_raw_os_error(-size as i32);
             Error::new(ErrorKind::Io, format!("could not get the length of the base: {err}"))
         })?;
-        let BaseState::Changed(how) = self.engine.check_base(size, file.as_deref()) else {
-            return Ok(());
-        };
+        let mut state = self.engine.check_base(size, file.as_deref());
+        if !matches!(state, BaseState::Changed(_)) && self.engine.is_active() {
+            state = self.engine.check_base_content(|buf, offset| {
+                // SAFETY: the child (caller); the buffer has `buf.len()` bytes and outlives the
+                // read.
+                let ret = unsafe {
+                    let (at, len) = (offset as i64, buf.len() as i64);
+                    (api.symbols.bdrv_pread)(child, at, len, buf.as_mut_ptr().cast(), 0)
+                };
+                if ret < 0 { Err(std::io::Error::from_raw_os_error(-ret)) } else { Ok(()) }
+            });
+        }
+        let BaseState::Changed(how) = state else { return Ok(()) };
         let what = format!("{how}; make a new cache with 'vmcache create --force'");
         if !bypass {
             return Err(Error::new(ErrorKind::Stale, what).on(self.engine.image().path()));

@@ -156,6 +156,8 @@ symbols! {
         bdrv_co_preadv: unsafe extern "C" fn(
             *mut BdrvChild, i64, i64, *mut QEMUIOVector, c_int,
         ) -> c_int;
+        /// block/block-io.h: works in a coroutine or outside. (child, offset, bytes, buffer, flags).
+        bdrv_pread: unsafe extern "C" fn(*mut BdrvChild, i64, i64, *mut c_void, c_int) -> c_int;
         /// block/block-io.h: bytes, or a negative errno; works in a coroutine or outside.
         bdrv_getlength: unsafe extern "C" fn(*mut BlockDriverState) -> i64;
         /// block/block-io.h: units of 512 bytes, rounded up, or a negative errno.
