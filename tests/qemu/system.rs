@@ -1,0 +1,168 @@
+//! `qemu-system-x86_64` without a guest: opening, looking, closing, through its monitor.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::ChildStdin;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+
+use serde_json::{Value, json};
+
+use crate::lab::{Cache, DISK, Lab, Over, noise};
+use crate::process::{Child, Output, PATIENCE, Tool};
+
+/// A machine that does not run, and its monitor.
+struct Machine {
+    child: Child,
+    input: ChildStdin,
+    lines: Receiver<String>,
+}
+
+impl Machine {
+    fn start(drives: &[String]) -> Self {
+        let (child, input, output) = Tool::driver("qemu-system-x86_64")
+            .args(["-S", "-nodefaults", "-no-user-config", "-accel", "tcg", "-display", "none"])
+            .args(["-device", "virtio-scsi-pci", "-qmp", "stdio"])
+            .args(drives.iter().flat_map(|drive| ["-drive", drive]))
+            .start_with_pipes();
+        let (told, lines) = channel();
+        // Ends with the machine; its end is seen as the end of the channel. What commands print for
+        // people goes to the same place as the answers.
+        thread::spawn(move || {
+            let lines = BufReader::new(output).lines().map_while(Result::ok);
+            let answers = lines.filter(|line| line.starts_with('{'));
+            answers.for_each(|line| drop(told.send(line)));
+        });
+        let mut machine = Machine { child, input, lines };
+        machine.read();
+        machine.command("qmp_capabilities", json!({}));
+        machine
+    }
+
+    fn read(&mut self) -> Value {
+        match self.lines.recv_timeout(PATIENCE) {
+            Ok(line) => serde_json::from_str(&line).expect("JSON"),
+            Err(err) => panic!("no answer from QEMU: {err}"),
+        }
+    }
+
+    /// Runs a command and gives its answer, events left out.
+    fn command(&mut self, name: &str, arguments: Value) -> Value {
+        let command = format!("{}\n", json!({ "execute": name, "arguments": arguments }));
+        // In one piece: QEMU obeys at the closing brace, and to `quit` so fast that the rest of the
+        // line would find nobody.
+        self.input.write_all(command.as_bytes()).expect("a monitor");
+        std::iter::repeat_with(|| self.read())
+            .find(|answer| answer.get("event").is_none())
+            .expect("an answer")
+    }
+
+    /// Runs a command of the monitor for people and gives what it prints.
+    fn monitor(&mut self, command: &str) -> String {
+        let answer = self.command("human-monitor-command", json!({ "command-line": command }));
+        answer["return"].as_str().unwrap_or_else(|| panic!("{command}: {answer}")).to_owned()
+    }
+
+    fn quit(mut self) -> Output {
+        self.command("quit", json!({}));
+        self.child.wait().success()
+    }
+}
+
+fn drive(id: &str, cache: &Cache) -> String {
+    format!("if=none,id={id},{},read-only=on", cache.options())
+}
+
+#[test]
+fn a_machine_opens_and_closes_a_cache_without_hanging() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base(), "");
+    let mut machine = Machine::start(&[drive("d0", &cache)]);
+    let shown = machine.monitor("info block -v");
+    assert!(shown.contains("vmcache"), "{shown}");
+    assert!(shown.contains(&cache.base.name), "{shown}");
+    let said = machine.quit();
+    assert_eq!(said.stderr, "");
+    cache.assert_sound();
+}
+
+#[test]
+fn a_drive_that_does_not_say_read_only_is_so_by_itself() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base(), "");
+    let mut machine = Machine::start(&[format!("if=none,id=d0,{}", cache.options())]);
+    let shown = machine.monitor("info block");
+    assert!(shown.contains("vmcache, read-only"), "{shown}");
+    machine.quit();
+}
+
+#[test]
+fn quitting_writes_the_last_checkpoint() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base_of(noise(9 << 20), "raw", Over::File), "");
+    let mut machine = Machine::start(&[drive("d0", &cache)]);
+    machine.monitor("qemu-io d0 \"read -q 0 8M\"");
+    machine.quit();
+    assert!(cache.stats().get("checkpoints") >= 1);
+    // What the next boot would find: the tables in the image alone.
+    std::fs::remove_file(cache.live()).expect("a live file");
+    assert_eq!(cache.info_number("cached-bytes"), 8 << 20);
+    cache.assert_sound();
+}
+
+#[test]
+fn the_same_image_serves_two_drives_of_one_machine() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base(), "");
+    let mut machine = Machine::start(&[drive("d0", &cache), drive("d1", &cache)]);
+    let commands = (0..24).flat_map(|at| [("d0", at), ("d1", at)]);
+    for (id, at) in commands {
+        machine.monitor(&format!("qemu-io {id} \"aio_read -q {at}M 1M\""));
+    }
+    machine.monitor("qemu-io d0 \"aio_flush\"");
+    machine.monitor("qemu-io d1 \"aio_flush\"");
+    machine.quit();
+    assert!(cache.stats().get("base-bytes") <= DISK as u64);
+    cache.assert_sound();
+}
+
+#[test]
+fn two_images_serve_two_drives_of_one_machine() {
+    let lab = Lab::new();
+    let base = lab.base();
+    let caches = [lab.cache(&base, ""), lab.cache(&base, "cluster_size=2M")];
+    let mut machine = Machine::start(&[drive("d0", &caches[0]), drive("d1", &caches[1])]);
+    machine.monitor("qemu-io d0 \"read -q 0 3M\"");
+    machine.monitor("qemu-io d1 \"read -q 1M 3M\"");
+    machine.quit();
+    for cache in &caches {
+        assert_eq!(cache.info_number("cached-bytes") + cache.info_number("zero-bytes"), 3 << 20);
+        cache.assert_sound();
+    }
+}
+
+#[test]
+fn a_cache_is_moved_to_an_iothread_and_back() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base(), "");
+    let mut machine = Machine::start(&[drive("d0", &cache)]);
+    machine.command("object-add", json!({ "qom-type": "iothread", "id": "t0" }));
+    let node = machine.command("query-named-block-nodes", json!({ "flat": true }));
+    let node = node["return"]
+        .as_array()
+        .expect("nodes")
+        .iter()
+        .find(|node| node["drv"] == "vmcache")
+        .expect("the node")["node-name"]
+        .clone();
+    for thread in [json!("t0"), Value::Null] {
+        let moved = machine.command(
+            "x-blockdev-set-iothread",
+            json!({ "node-name": node, "iothread": thread, "force": true }),
+        );
+        assert_eq!(moved["return"], json!({}), "{moved}");
+        machine.monitor("qemu-io d0 \"read -q 0 4M\"");
+    }
+    machine.quit();
+    assert_eq!(cache.info_number("cached-bytes") + cache.info_number("zero-bytes"), 4 << 20);
+    cache.assert_sound();
+}
