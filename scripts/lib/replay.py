@@ -158,7 +158,8 @@ def report(options):
         if one is None or kind != "cold" or readers == 1 or (readers, "warm") not in middle:
             continue
         # What the readers cost when nothing has to be fetched, on this machine's processors.
-        allowed = 1.3 * one["last-seconds"] + middle[(readers, "warm")]["last-seconds"]
+        warm = middle[(readers, "warm")]["cpu-seconds"] / os.cpu_count()
+        allowed = 1.3 * one["last-seconds"] + warm
         verdict = "within" if row["last-seconds"] <= allowed else "ABOVE"
         print(f"{readers} readers, cold: the last after {row['last-seconds']:.2f} s, {verdict} {allowed:.2f} s")
         if options.strict and row["last-seconds"] > allowed:

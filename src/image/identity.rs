@@ -57,20 +57,21 @@ pub enum BaseState {
     Unknown,
 }
 
-/// Bytes of each sampled block.
-const SAMPLE_BLOCK: u64 = 4096;
+/// Bytes of each sampled block: every open reads all of them, so they are few and small.
+const SAMPLE_BLOCK: u64 = 512;
 /// Sampled blocks that are spread over the disk.
-const SPREAD: u64 = 12;
+const SPREAD: u64 = 8;
 
 /// Takes the sample of a base of `size` bytes: SHA-256 over the blocks that change with nearly
-/// everything (the partition table, the superblock of a first partition at 1 MiB, where filesystems
-/// keep the time of the last write, and the end, where GPT has its copy) and some in between.
+/// everything (the partition table, the superblocks of a filesystem on the whole disk and of one in
+/// a first partition at 1 MiB, which hold the time of the last write, and the end, where GPT has
+/// its copy) and some in between.
 pub fn sample_base(
     size: u64,
     mut read: impl FnMut(&mut [u8], u64) -> io::Result<()>,
 ) -> io::Result<[u8; 32]> {
     let spread = (1..=SPREAD).map(|part| size / (SPREAD + 1) * part / SAMPLE_BLOCK * SAMPLE_BLOCK);
-    let ends = [0, 1 << 20, size.saturating_sub(SAMPLE_BLOCK)];
+    let ends = [0, 1024, 1 << 20, (1 << 20) + 1024, size.saturating_sub(SAMPLE_BLOCK)];
     let mut hash = Sha256::new();
     for offset in ends.into_iter().chain(spread).filter(|offset| *offset < size) {
         let mut block = vec![0; SAMPLE_BLOCK.min(size - offset) as usize];

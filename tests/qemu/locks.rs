@@ -35,6 +35,19 @@ fn a_plain_qemu_img_reads_while_vmcache_fills_the_image() {
 }
 
 #[test]
+fn a_plain_qemu_that_has_the_image_open_sees_the_base_while_vmcache_fills_it() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base(), "");
+    let image = cache.path.display().to_string();
+    let plain = Server::start(&lab, Tool::stock("qemu-nbd"), &["-r", "-f", "qcow2", &image]);
+    let server = lab.serve(&cache);
+    server.assert_serves(&cache.base.content);
+    server.stop();
+    plain.assert_serves(&cache.base.content);
+    plain.stop();
+}
+
+#[test]
 fn vmcache_does_not_open_an_image_that_a_plain_qemu_writes() {
     let lab = Lab::new();
     let cache = lab.cache(&lab.base(), "");
