@@ -93,6 +93,7 @@ fn metadata_bytes(layout: &Layout) -> u64 {
 
 fn write_tables(file: &File, header: &Header, layout: &Layout) -> std::io::Result<()> {
     file.set_len(layout.offset(layout.data).0)?;
+    set_final_length(file, layout)?;
     file.write_all_at(&header.encode(), 0)?;
     file.write_all_at(&layout.encode_refcount_table(), layout.refcount_table_offset().0)?;
     let refcounts = 1u16.to_be_bytes().repeat(layout.data as usize);
@@ -100,6 +101,16 @@ fn write_tables(file: &File, header: &Header, layout: &Layout) -> std::io::Resul
     file.write_all_at(&layout.encode_l1_table(), layout.offset(layout.l1_table).0)?;
     // A power cut must not leave a name without its contents behind.
     file.sync_all()
+}
+
+/// Gives a file the length that it can ever have, in holes. A QEMU without the library that has the
+/// image open takes what it sees later beyond the length it saw first for zeros.
+pub(super) fn set_final_length(file: &File, layout: &Layout) -> std::io::Result<()> {
+    match file.set_len(layout.offset(layout.end).0) {
+        // More than the filesystem allows to one file: its tables fit, and most data may.
+        Err(err) if err.raw_os_error() == Some(libc::EFBIG) => Ok(()),
+        result => result,
+    }
 }
 
 fn rename(from: &Path, to: &Path, replace: bool) -> Result<()> {

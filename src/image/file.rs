@@ -31,6 +31,7 @@ use xattr::FileExt as _;
 
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
+use super::create::set_final_length;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Geometry, HEADER_MAX, Header, HostOffset, L2Entry, Layout};
 use crate::lock::{LockKind, is_held_against, lock_within, try_lock};
@@ -217,14 +218,12 @@ impl Image {
         }
     }
 
-    /// Gives the blocks under clusters of the file back to the filesystem, and those beyond `end`,
-    /// where it can do that. All in clusters.
+    /// Gives the blocks under clusters of the file back to the filesystem, and those from `end` on,
+    /// where it can do that. All in clusters. The file gets, or keeps, its final length.
     pub fn discard(&self, runs: impl Iterator<Item = Range<u64>>, end: u64) -> Result<()> {
         let failed = |err: io::Error| Error::io("discard clusters of", &self.path, &err);
-        let end = self.layout.offset(end).0;
-        if self.file.metadata().map_err(failed)?.len() > end {
-            self.file.set_len(end).map_err(failed)?;
-        }
+        set_final_length(&self.file, &self.layout).map_err(failed)?;
+        let runs = runs.chain(std::iter::once(end..self.layout.end).filter(|run| !run.is_empty()));
         for run in runs {
             let (from, to) = (self.layout.offset(run.start).0, self.layout.offset(run.end).0);
             let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;

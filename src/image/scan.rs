@@ -160,8 +160,8 @@ impl Scan {
             if entry.bits.data() == 0 {
                 return refuse(self, format!("host offset {:#x} without data", host.0));
             }
-            if !reaches(image, entry, host) {
-                return refuse(self, format!("data at {:#x} lies beyond the end of file", host.0));
+            if let Some(where_to) = missing(image, entry, host) {
+                return refuse(self, format!("data at {:#x} lies {where_to}", host.0));
             }
             if let Some(other) = hosts.insert(host.0, cluster) {
                 // Whose data it is cannot be told, so neither may keep it.
@@ -212,11 +212,20 @@ impl Scan {
     }
 }
 
-/// Whether the file is long enough for the last data subcluster of an entry.
-fn reaches(image: &Image, entry: L2Entry, host: HostOffset) -> bool {
+/// Where the last data subcluster of an entry lies if it cannot have been written there: what a cut
+/// file loses first. Subclusters of zeros are no data, so none is a hole.
+fn missing(image: &Image, entry: L2Entry, host: HostOffset) -> Option<&'static str> {
+    let size = image.geometry().subcluster_size();
     let last = u64::from(u32::BITS - entry.bits.data().leading_zeros());
-    let end = host.0 + last * image.geometry().subcluster_size();
-    image.file().metadata().is_ok_and(|meta| end <= meta.len())
+    let end = host.0 + last * size;
+    if image.file().metadata().is_ok_and(|meta| end > meta.len()) {
+        return Some("beyond the end of file");
+    }
+    match seek(image.file(), end - size, Whence::SeekData) {
+        Ok(data) if data.is_none_or(|data| data >= end) => Some("in a hole of the file"),
+        // Where it cannot be told there is nothing to complain of.
+        _ => None,
+    }
 }
 
 /// A set of cluster numbers in a range, one bit each.

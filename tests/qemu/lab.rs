@@ -361,6 +361,8 @@ impl Server {
     pub fn start(lab: &Lab, tool: Tool, args: &[&str]) -> Self {
         let mut server = Self::start_without_waiting(lab, tool, args);
         server.await_connections();
+        // Until it has answered, qemu-nbd forgets a SIGTERM.
+        drop(server.connect());
         server
     }
 

@@ -66,7 +66,7 @@ fn a_full_filesystem_costs_one_line_and_no_read() {
     let base = lab.base();
     let small = lab.path("small");
     fs::create_dir(&small).expect("a directory");
-    with_tmpfs(&small, 12 << 20, || {
+    with_tmpfs(&small, 6 << 20, || {
         let cache = lab.cache_at(small.join("cache.qcow2"), &base, "");
         let server = lab.serve(&cache);
         let reads = anywhere(random("full"), base.content.len()).take(300);
