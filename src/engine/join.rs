@@ -25,6 +25,10 @@ use crate::live::{LiveFile, LiveIdentity, SlotGuard};
 /// How long to wait for another process that is joining.
 const JOIN_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long a user without a live file may take to go: one that was killed holds its locks until
+/// the kernel has taken it apart, and so does a child between fork and exec.
+const LEAVE_PATIENCE: Duration = Duration::from_millis(500);
+
 /// Opens an image. Only what makes the image itself useless is an error.
 pub fn join(path: &Path, options: &Options) -> Result<Core> {
     let image = match Image::open(path, Access::ReadWrite) {
@@ -92,8 +96,11 @@ fn join_live(image: &Image) -> Result<LiveFile> {
         return Err(busy("another process has been opening the image for too long"));
     };
     let identity = identity(image)?;
-    let alone = image.lock_use(Use::Alone)?;
+    let mut alone = image.lock_use(Use::Alone, Duration::ZERO)?;
     let found = find_live(image, &identity, true)?.filter(|live| !(alone && live.has_failed()));
+    if found.is_none() && !alone {
+        alone = image.lock_use(Use::Alone, LEAVE_PATIENCE)?;
+    }
     let live = match found {
         Some(live) if live.has_failed() => {
             return Err(busy(
@@ -114,7 +121,7 @@ fn join_live(image: &Image) -> Result<LiveFile> {
             ));
         }
     };
-    if !image.lock_use(Use::Shared)? {
+    if !image.lock_use(Use::Shared, Duration::ZERO)? {
         return Err(busy("another program uses the image alone"));
     }
     Ok(live)

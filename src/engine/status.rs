@@ -241,7 +241,7 @@ pub fn check(path: &Path, repair: bool, progress: impl FnMut(u64, u64)) -> Resul
     let _join = image
         .lock_join(CHECK_PATIENCE)?
         .ok_or_else(|| busy("another process is opening the image; try again"))?;
-    if !image.lock_use(Use::Alone)? || image.is_read_by_others()? {
+    if !image.lock_use(Use::Alone, Duration::from_millis(500))? || image.is_read_by_others()? {
         return Err(busy("in use; an image is repaired only when no process has it open"));
     }
     let scan = Scan::read(&image, progress)?;

@@ -273,13 +273,14 @@ impl Image {
         Ok(number)
     }
 
-    /// Announces the use of the live state (lock byte 400); `false` where others are in the way.
-    pub fn lock_use(&self, how: Use) -> Result<bool> {
+    /// Announces the use of the live state (lock byte 400), waiting for others up to `patience`;
+    /// `false` where they are in the way.
+    pub fn lock_use(&self, how: Use, patience: Duration) -> Result<bool> {
         let kind = match how {
             Use::Shared => LockKind::Shared,
             Use::Alone => LockKind::Exclusive,
         };
-        try_lock(&self.file, USE_BYTE, kind).map_err(|err| self.lock_error(&err))
+        lock_within(&self.file, USE_BYTE, kind, patience).map_err(|err| self.lock_error(&err))
     }
 
     /// The end of [`Image::lock_use`].
