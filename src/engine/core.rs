@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::verify::Seen;
 use crate::image::Image;
 use crate::live::claim::Owner;
 use crate::live::slot::{Counters, Slot, SlotGuard};
@@ -35,6 +36,9 @@ pub struct Core {
     started: Instant,
     /// Clusters of the file that were handed out to this process and not used.
     pub spare: Mutex<Vec<u64>>,
+    /// The data that this open has held against its checksums.
+    pub seen: Seen,
+    found_bad: OnceLock<()>,
     /// Moving average of the time that reading the base takes, in nanoseconds.
     latency: AtomicU64,
     complained: OnceLock<()>,
@@ -49,6 +53,8 @@ impl Core {
         populate: bool,
     ) -> Self {
         Core {
+            seen: Seen::new(image.geometry()),
+            found_bad: OnceLock::new(),
             image,
             populate: populate && slot.is_some(),
             live,
@@ -143,6 +149,19 @@ impl Core {
         if self.complained.set(()).is_ok() {
             log::warn!(
                 "{}: {reason}; what cannot be stored is read from the base",
+                self.image.path().display()
+            );
+        }
+    }
+
+    /// Notes that subclusters from about a guest offset on are not what was stored: the first time
+    /// is worth a line.
+    pub fn note_bad(&self, offset: u64, subclusters: u64) {
+        self.counters().bad_bytes.add(subclusters << self.image.geometry().subcluster_bits());
+        if self.found_bad.set(()).is_ok() {
+            log::warn!(
+                "{}: cached data at guest offset {offset:#x} is not what was stored; reading it \
+                 from the base, and the same wherever else that shows",
                 self.image.path().display()
             );
         }

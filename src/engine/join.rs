@@ -182,9 +182,21 @@ fn restore(live: &LiveFile, image: &Image, scan: &Scan) -> Result<()> {
     for (cluster, entry) in &scan.entries {
         live.ensure(*cluster)
             .map_err(|err| Error::io("allocate the live file", live.path(), &err))?;
+        let good = scan.good_entry(*cluster, *entry);
         if let Some(map_entry) = live.entry(*cluster) {
-            map_entry.restore(*entry);
+            map_entry.restore(good, entry.bits);
         }
+        if good != *entry {
+            // So that the next checkpoint puts the image right.
+            live.mark_dirty(*cluster);
+        }
+    }
+    if !scan.bad.is_empty() {
+        log::warn!(
+            "{}: {} subclusters are not what was stored; they are read from the base again",
+            image.path().display(),
+            scan.bad_subclusters()
+        );
     }
     set_space(live, image, scan.free_clusters(image), scan.end)
 }

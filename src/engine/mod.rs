@@ -1,7 +1,8 @@
 //! The core as the outside sees it: one open cache image, asked for a plan of every read.
 //!
 //! ```text
-//!   plan(range) -> hits | zeros | fetches | waits | base      plan.rs
+//!   plan(range) -> hits | checks | zeros | fetches | waits | base      plan.rs
+//!   check  the caller reads data and checksums; is_sound() or repair()   verify.rs
 //!   hit    the caller reads the image file at the place the plan names
 //!   fetch  the caller reads the base, answers its request, and hands the bytes to fill()
 //!   wait   somebody else is fetching: wait() says when to plan again     wait.rs
@@ -26,6 +27,7 @@ mod pool;
 mod populate;
 mod reader;
 mod status;
+mod verify;
 mod wait;
 
 use std::path::Path;
@@ -44,6 +46,7 @@ use pool::Pool;
 use populate::Populator;
 pub use reader::{Base, Reader, WAIT_LIMIT};
 pub use status::{COUNTERS, CheckReport, ImageState, ProcessStats, Status, check};
+pub use verify::Check;
 use wait::Waiter;
 
 /// How to open an engine.
@@ -162,6 +165,17 @@ impl Engine {
         self.populator.push(fetch, data);
     }
 
+    /// Takes the base's bytes for a check that was not sound, the whole of [`Check::range`], to be
+    /// stored in place of what is bad. Never blocks.
+    pub fn repair(&self, check: Check, base: Vec<u8>) {
+        let counters = self.core.counters();
+        counters.base_reads.add(1);
+        counters.base_bytes.add(base.len() as u64);
+        if self.core.populates() && base.len() as u64 == check.range().len {
+            self.populator.push_repair(check, base);
+        }
+    }
+
     /// Calls `wake` when it is time to plan again what a ticket stands for, from another thread.
     /// `false`, and no call, where that is now.
     pub fn wait(&self, ticket: Ticket, wake: impl FnOnce() + Send + 'static) -> bool {
@@ -191,7 +205,7 @@ impl Engine {
     }
 
     /// Notes that the image file could not be read: from now on the base answers.
-    pub fn hit_failed(&self, err: &std::io::Error) {
+    pub fn hit_failed(&self, err: &impl std::fmt::Display) {
         self.core.fail(&format!("could not read cached data: {err}"));
     }
 

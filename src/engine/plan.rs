@@ -11,11 +11,13 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::core::Core;
+use super::verify::Check;
 use crate::format::{ByteRange, Geometry, GuestOffset, HostOffset, SUBCLUSTERS, SubclusterBits};
 use crate::live::claim::{Claim, Owner};
 use crate::live::{LiveFile, MapEntry};
 
-/// Bytes fetched in one request to the base at the most: bounds the buffer.
+/// Bytes fetched in one request to the base, or checked in one piece, at the most (and what a single
+/// cluster adds): bounds the buffer.
 const FETCH_MAX: u64 = 2 << 20;
 
 /// The parts of a read, in order, without gaps.
@@ -35,6 +37,8 @@ pub struct Part {
 pub enum Step {
     /// From the image file, from this place on.
     Hit(HostOffset),
+    /// From the image file, after a look at the checksums: see [`Check`].
+    Check(Check),
     /// They are zero.
     Zero,
     /// From the base, the whole of [`Fetch::range`], which goes to [`super::Engine::fill`].
@@ -136,7 +140,7 @@ pub fn presence(core: &Core, range: ByteRange) -> (Presence, u64) {
         let entry = live.entry(cluster);
         let bits = entry.map_or(SubclusterBits::default(), MapEntry::bits);
         let (first, end) = subclusters(geometry, cluster, at, range.end());
-        let (class, run_end) = run(bits, first, end);
+        let (class, run_end) = run(bits, u32::MAX, first, end);
         let here = match (class, entry.and_then(MapEntry::host)) {
             (Class::Data, Some(host)) if core.image.layout().is_data_cluster(host) => {
                 Presence::Data(HostOffset(host.0 + at % geometry.cluster_size()))
@@ -163,13 +167,16 @@ pub fn presence(core: &Core, range: ByteRange) -> (Presence, u64) {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
     Data,
+    Unseen,
     Zero,
     Missing,
 }
 
-fn class(bits: SubclusterBits, subcluster: u32) -> Class {
-    if bits.data() >> subcluster & 1 != 0 {
+fn class(bits: SubclusterBits, seen: u32, subcluster: u32) -> Class {
+    if bits.data() & seen & 1 << subcluster != 0 {
         Class::Data
+    } else if bits.data() >> subcluster & 1 != 0 {
+        Class::Unseen
     } else if bits.zero() >> subcluster & 1 != 0 {
         Class::Zero
     } else {
@@ -177,11 +184,13 @@ fn class(bits: SubclusterBits, subcluster: u32) -> Class {
     }
 }
 
-/// The class of a subcluster and one past the last of the same class, up to `end`.
-fn run(bits: SubclusterBits, first: u32, end: u32) -> (Class, u32) {
-    let kind = class(bits, first);
+/// The class of a subcluster and one past the last of the same class, up to `end`. Data that is not
+/// in the mask `seen` has a class of its own.
+fn run(bits: SubclusterBits, seen: u32, first: u32, end: u32) -> (Class, u32) {
+    let kind = class(bits, seen, first);
     let mask = match kind {
-        Class::Data => bits.data(),
+        Class::Data => bits.data() & seen,
+        Class::Unseen => bits.data() & !seen,
         Class::Zero => bits.zero(),
         Class::Missing => !bits.present(),
     };
@@ -240,8 +249,9 @@ impl Planner<'_> {
     ) {
         let (mut at, end) = subclusters(self.geometry, cluster, range.start, range.end());
         let mut bits = entry.bits();
+        let seen = self.core.seen.mask(cluster);
         while at < end {
-            let (class, mut run_end) = run(bits, at, end);
+            let (class, mut run_end) = run(bits, seen, at, end);
             if class == Class::Missing {
                 run_end = at + 1;
                 if let Some(step) = self.take_missing(live, claimant, cluster, at, claims) {
@@ -259,6 +269,11 @@ impl Planner<'_> {
                 let step = match (class, entry.host()) {
                     (Class::Zero, _) => Step::Zero,
                     (_, Some(host)) if self.core.image.layout().is_data_cluster(host) => {
+                        if class == Class::Unseen {
+                            self.push_check(cluster, at, run_end, host, bytes);
+                            at = run_end;
+                            continue;
+                        }
                         Step::Hit(HostOffset(host.0 + bytes.start % self.geometry.cluster_size()))
                     }
                     // Only a live file that somebody tampered with shows data nowhere.
@@ -331,6 +346,31 @@ impl Planner<'_> {
         self.plan.push(Part { guest: bytes, step: Step::Fetch(fetch) });
     }
 
+    /// Adds subclusters of a cluster that lies at `host` to be checked.
+    fn push_check(
+        &mut self,
+        cluster: u64,
+        start: u32,
+        end: u32,
+        host: HostOffset,
+        bytes: ByteRange,
+    ) {
+        let first = cluster * u64::from(SUBCLUSTERS) + u64::from(start);
+        let count = u64::from(end - start);
+        let host = HostOffset(host.0 + (u64::from(start) << self.geometry.subcluster_bits()));
+        if let Some(Part { guest, step: Step::Check(check) }) = self.plan.last_mut()
+            && check.first + check.count == first
+            && check.host.0 + check.data().1 as u64 == host.0
+            && check.data().1 < FETCH_MAX as usize
+        {
+            check.count += count;
+            guest.len += bytes.len;
+            return;
+        }
+        let check = Check { core: Arc::clone(self.core), first, count, host };
+        self.plan.push(Part { guest: bytes, step: Step::Check(check) });
+    }
+
     /// Adds a part, or makes the last one longer where the new one goes on in the same way.
     fn push(&mut self, bytes: ByteRange, step: Step) {
         if let Some(last) = self.plan.last_mut() {
@@ -359,7 +399,8 @@ impl Planner<'_> {
                 Step::Zero => &counters.zero_bytes,
                 Step::Fetch(_) | Step::Base => &counters.miss_bytes,
                 Step::Wait(Ticket(Waiting::Claim { .. })) => &counters.waited_bytes,
-                Step::Wait(Ticket(Waiting::Group { .. })) => continue,
+                // Counted when it is known what they are.
+                Step::Wait(Ticket(Waiting::Group { .. })) | Step::Check(_) => continue,
             };
             counter.add(guest.len);
         }

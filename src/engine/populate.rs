@@ -1,12 +1,14 @@
-//! Storing what was fetched: one thread per engine behind a queue of bounded memory. It finds a
-//! place, takes the bytes out of the quota, writes the data into the image and publishes it; the
-//! claims go with the fetch when it is dropped, after publishing.
+//! Storing what was fetched, and anew what was found bad: one thread per engine behind a queue of
+//! bounded memory. It finds a place, takes the bytes out of the quota, writes the data and its
+//! checksums into the image and publishes it; the claims go with the fetch when it is dropped, after
+//! publishing.
 //!
 //! A request never waits for this: where the queue is full or storing fails, the bytes are counted
 //! as dropped and the next reader fetches them again.
 //!
 //! Used by `Engine`.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -17,8 +19,9 @@ use parking_lot::Mutex;
 use super::core::Core;
 use super::plan::Fetch;
 use super::pool;
+use super::verify::Check;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{HostOffset, SUBCLUSTERS, SubclusterBits};
+use crate::format::{Checksum, HostOffset, SUBCLUSTERS, SubclusterBits};
 use crate::image::Image;
 use crate::live::slot::{SLOTS, Slot};
 use crate::live::{LiveFile, MapEntry};
@@ -27,6 +30,12 @@ const STACK: usize = 256 << 10;
 /// Bytes of tables that the first data in a group of clusters adds: a block of L2 entries and,
 /// seldom, one of refcounts.
 pub const GROUP_TABLES: u64 = 4096;
+/// Bytes of checksums that are allocated together, and the guest clusters that they belong to.
+const CHECKSUM_BLOCK: u64 = 4096;
+const CHECKSUM_CLUSTERS: u64 = CHECKSUM_BLOCK / (SUBCLUSTERS as u64 * Checksum::SIZE as u64);
+
+/// The checksums of a cluster's subclusters.
+type Checksums = [Checksum; SUBCLUSTERS as usize];
 
 /// The queue and the thread behind it.
 #[derive(Debug)]
@@ -39,7 +48,7 @@ pub struct Populator {
 
 #[derive(Debug, Default)]
 struct State {
-    queue: Option<Sender<(Fetch, Vec<u8>)>>,
+    queue: Option<Sender<(Work, Vec<u8>)>>,
     thread: Option<JoinHandle<()>>,
     stopped: bool,
 }
@@ -52,15 +61,28 @@ impl Populator {
     /// Queues bytes to be stored, or drops them.
     pub fn push(&self, fetch: Fetch, data: Vec<u8>) {
         let bytes = data.len() as u64;
-        let before = self.queued.fetch_add(bytes, Ordering::Relaxed);
-        let queue = if before + bytes <= self.limit { self.queue() } else { None };
-        if queue.is_none_or(|queue| queue.send((fetch, data)).is_err()) {
-            self.queued.fetch_sub(bytes, Ordering::Relaxed);
+        if !self.push_work(Work::Store(fetch), data) {
             self.core.counters().dropped_bytes.add(bytes);
         }
     }
 
-    fn queue(&self) -> Option<Sender<(Fetch, Vec<u8>)>> {
+    /// Queues a repair, or forgets it: it is found again when it is read next.
+    pub fn push_repair(&self, check: Check, base: Vec<u8>) {
+        self.push_work(Work::Repair(check), base);
+    }
+
+    fn push_work(&self, work: Work, data: Vec<u8>) -> bool {
+        let bytes = data.len() as u64;
+        let before = self.queued.fetch_add(bytes, Ordering::Relaxed);
+        let queue = if before + bytes <= self.limit { self.queue() } else { None };
+        let queued = queue.is_some_and(|queue| queue.send((work, data)).is_ok());
+        if !queued {
+            self.queued.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        queued
+    }
+
+    fn queue(&self) -> Option<Sender<(Work, Vec<u8>)>> {
         let mut state = self.state.lock();
         if state.queue.is_none() && !state.stopped {
             let (sender, receiver) = unbounded();
@@ -86,18 +108,32 @@ impl Populator {
     }
 }
 
-fn run(core: &Core, queue: &Receiver<(Fetch, Vec<u8>)>, queued: &AtomicU64) {
-    for (fetch, mut data) in queue {
+/// What to do with bytes of the base.
+#[derive(Debug)]
+enum Work {
+    Store(Fetch),
+    Repair(Check),
+}
+
+fn run(core: &Core, queue: &Receiver<(Work, Vec<u8>)>, queued: &AtomicU64) {
+    for (work, mut data) in queue {
         let bytes = data.len() as u64;
-        let stored = store(core, &fetch, &mut data).unwrap_or_else(|err| {
-            core.store_failed(&err);
-            0
-        });
         let counters = core.counters();
-        counters.populated_bytes.add(stored);
-        counters.dropped_bytes.add(bytes.saturating_sub(stored));
+        let result = match &work {
+            Work::Store(fetch) => store(core, fetch, &mut data).inspect(|stored| {
+                counters.populated_bytes.add(*stored);
+                counters.dropped_bytes.add(bytes.saturating_sub(*stored));
+            }),
+            Work::Repair(check) => check.repair(&mut data).inspect(|repaired| {
+                counters.repaired_bytes.add(*repaired);
+            }),
+        };
+        if let Err(err) = result {
+            core.store_failed(&err);
+            counters.dropped_bytes.add(bytes);
+        }
         // Claims first, so that waiters do not wait for the accounts.
-        drop(fetch);
+        drop(work);
         drop(data);
         queued.fetch_sub(bytes, Ordering::Relaxed);
     }
@@ -142,31 +178,51 @@ impl Store<'_> {
         let size = self.image.geometry().subcluster_size() as usize;
         let Some(entry) = self.live.entry(cluster) else { return Ok(0) };
         let (mut full, mut zero) = (0u32, 0u32);
-        for (index, bytes) in (start..).zip(data.chunks_exact(size)) {
-            *if is_zero(bytes) { &mut zero } else { &mut full } |= 1 << index;
+        let mut checksums = [Checksum::ZERO; SUBCLUSTERS as usize];
+        let number = cluster * u64::from(SUBCLUSTERS);
+        for ((index, bytes), checksum) in
+            (start..).zip(data.chunks_exact(size)).zip(checksums.iter_mut().skip(start as usize))
+        {
+            if is_zero(bytes) {
+                zero |= 1 << index;
+            } else {
+                full |= 1 << index;
+                *checksum = Checksum::of(number + u64::from(index), bytes);
+            }
         }
         let given = full | zero;
         let present = entry.bits().present();
         zero &= !present;
         full &= !present;
         if zero != 0 {
-            self.publish_zeros(cluster, entry, zero);
+            self.publish_zeros(cluster, entry, zero, &checksums)?;
         }
         if full != 0 {
-            self.write(cluster, entry, start, full, data)?;
+            self.write(cluster, entry, start, full, data, &checksums)?;
         }
         Ok(u64::from((entry.bits().present() & given).count_ones()))
     }
 
     /// Publishes zero subclusters (a mask), if the quota allows the tables that say so.
-    fn publish_zeros(&self, cluster: u64, entry: &MapEntry, zero: u32) {
+    fn publish_zeros(
+        &self,
+        cluster: u64,
+        entry: &MapEntry,
+        zero: u32,
+        checksums: &Checksums,
+    ) -> Result<()> {
         let tables = self.tables_for(cluster, entry);
         let taken = if tables == 0 { 0 } else { self.take(0, tables, tables) };
+        let mut written = Ok(());
         if taken == tables {
+            written = self.write_checksums(cluster, zero, checksums);
+        }
+        if taken == tables && written.is_ok() {
             entry.publish(SubclusterBits::new(0, zero));
             self.live.mark_dirty(cluster);
         }
         self.slot.end_write(taken);
+        written
     }
 
     /// Writes and publishes data subclusters (a mask), as many as the quota allows.
@@ -177,23 +233,21 @@ impl Store<'_> {
         start: u32,
         wanted: u32,
         data: &[u8],
+        checksums: &Checksums,
     ) -> Result<()> {
         let Some((mask, reserved)) = self.reserve(cluster, entry, wanted)? else { return Ok(()) };
         let written = self.place(entry).and_then(|host| {
             let size = self.image.geometry().subcluster_size();
-            let mut left = mask;
-            while left != 0 {
-                let first = left.trailing_zeros();
-                let len = (!(left >> first)).trailing_zeros();
-                let from = (u64::from(first - start) * size) as usize;
-                let bytes = data.get(from..from + (u64::from(len) * size) as usize);
-                self.image.write(
-                    bytes.unwrap_or_default(),
-                    HostOffset(host.0 + u64::from(first) * size),
-                )?;
-                left &= !(u32::MAX >> (u32::BITS - len) << first);
+            for run in runs(mask) {
+                let from = (u64::from(run.start - start) * size) as usize;
+                let bytes = data.get(from..from + (run.len() as u64 * size) as usize);
+                let place = HostOffset(host.0 + u64::from(run.start) * size);
+                self.image.write(bytes.unwrap_or_default(), place)?;
             }
-            entry.publish(SubclusterBits::new(mask, 0));
+            self.write_checksums(cluster, mask, checksums)?;
+            // What another was faster with is not ours to vouch for.
+            let published = entry.publish(SubclusterBits::new(mask, 0));
+            self.core.seen.add(cluster, published.data());
             self.live.mark_dirty(cluster);
             Ok(())
         });
@@ -202,6 +256,19 @@ impl Store<'_> {
         self.slot.end_write(reserved);
         log::trace!("stored {mask:#010x} of cluster {cluster}");
         written
+    }
+
+    /// Writes the checksums of some subclusters (a mask).
+    fn write_checksums(&self, cluster: u64, mask: u32, checksums: &Checksums) -> Result<()> {
+        let number = cluster * u64::from(SUBCLUSTERS);
+        for run in runs(mask) {
+            let run_checksums = checksums.get(run.start as usize..run.end as usize);
+            self.image.write_checksums(
+                number + u64::from(run.start),
+                run_checksums.unwrap_or_default(),
+            )?;
+        }
+        Ok(())
     }
 
     /// The place of a cluster, found now if it has none.
@@ -247,12 +314,20 @@ impl Store<'_> {
         Ok((mask != 0).then_some((mask, got)))
     }
 
-    /// Bytes of tables that the next checkpoint has to allocate when something is published in a
-    /// cluster, as far as nothing else has accounted for them.
+    /// Bytes of tables that have to be allocated when something is published in a cluster, as far as
+    /// nothing else has accounted for them: those that the next checkpoint writes, and the block of
+    /// checksums.
     fn tables_for(&self, cluster: u64, entry: &MapEntry) -> u64 {
-        let limited = self.image.header().cache.quota.is_some();
+        if self.image.header().cache.quota.is_none() {
+            return 0;
+        }
         let new = entry.on_disk().present() == 0 && !self.live.is_marked(cluster);
-        if limited && new { GROUP_TABLES } else { 0 }
+        let tables = if new { GROUP_TABLES } else { 0 };
+        let first = cluster / CHECKSUM_CLUSTERS * CHECKSUM_CLUSTERS;
+        let mut around =
+            (first..first + CHECKSUM_CLUSTERS).filter_map(|near| self.live.entry(near));
+        let has_block = around.any(|entry| entry.bits().present() != 0);
+        tables + if has_block { 0 } else { CHECKSUM_BLOCK }
     }
 
     /// Takes up to `bytes` in multiples of `unit`, and `overhead`, out of the quota. Gives what it
@@ -309,6 +384,17 @@ fn no_place() -> Error {
     Error::new(ErrorKind::Full, "the image has no cluster left")
 }
 
+/// The runs of ones in a mask.
+fn runs(mask: u32) -> impl Iterator<Item = Range<u32>> {
+    let mut left = mask;
+    std::iter::from_fn(move || {
+        let first = (left != 0).then(|| left.trailing_zeros())?;
+        let len = (!(left >> first)).trailing_zeros();
+        left &= !(u32::MAX >> (u32::BITS - len) << first);
+        Some(first..first + len)
+    })
+}
+
 fn is_zero(bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks::<16>();
     words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|byte| *byte == 0)
@@ -317,7 +403,7 @@ fn is_zero(bytes: &[u8]) -> bool {
 /// Whether the quota leaves no room for even one more subcluster.
 pub fn is_used_up(image: &Image, used: u64) -> bool {
     image.header().cache.quota.is_some_and(|quota| {
-        let least = image.geometry().subcluster_size().max(4096) + GROUP_TABLES;
+        let least = image.geometry().subcluster_size().max(4096) + GROUP_TABLES + CHECKSUM_BLOCK;
         used + least > quota.saturating_sub(slack(quota))
     })
 }

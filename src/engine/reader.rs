@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::bounded;
 
-use super::{Engine, Fetch, Part, Step, Ticket};
-use crate::format::ByteRange;
+use super::{Check, Engine, Fetch, Part, Step, Ticket};
+use crate::format::{ByteRange, HostOffset};
 
 /// How long a read waits for others, all in all, before it turns to the base: more than the
 /// deadlines of two waits one after the other.
@@ -92,6 +92,7 @@ impl<B: Base> Reader<B> {
                         self.read_base(here, guest.start)?;
                     }
                 }
+                Step::Check(check) => self.check(here, guest.start, check)?,
                 Step::Zero => here.fill(0),
                 Step::Base => self.read_base(here, guest.start)?,
                 Step::Fetch(fetch) => self.fetch(here, guest.start, fetch)?,
@@ -112,6 +113,38 @@ impl<B: Base> Reader<B> {
         }
         self.engine.fill(fetch, data, started.elapsed());
         Ok(())
+    }
+
+    fn check(&self, buf: &mut [u8], offset: u64, check: Check) -> io::Result<()> {
+        let counters = self.engine.counters();
+        let (range, len) = (check.range(), buf.len() as u64);
+        let from = (offset - range.start) as usize;
+        let image = self.engine.image();
+        let read = |(at, len): (HostOffset, usize)| {
+            let mut bytes = vec![0; len];
+            image.read_or_zero(&mut bytes, at).map(|()| bytes)
+        };
+        let data = read(check.data()).and_then(|data| Ok((read(check.checksums())?, data)));
+        match data {
+            Ok((checksums, data)) if check.is_sound(&checksums, &data) => {
+                counters.hit_bytes.add(len);
+                buf.copy_from_slice(data.get(from..from + buf.len()).unwrap_or_default());
+                Ok(())
+            }
+            Ok(_) => {
+                counters.miss_bytes.add(len);
+                let mut base = vec![0; range.len as usize];
+                self.base.read(&mut base, range.start)?;
+                buf.copy_from_slice(base.get(from..from + buf.len()).unwrap_or_default());
+                self.engine.repair(check, base);
+                Ok(())
+            }
+            Err(err) => {
+                counters.miss_bytes.add(len);
+                self.engine.hit_failed(&err);
+                self.read_base(buf, offset)
+            }
+        }
     }
 
     fn wait(&self, ticket: Ticket) {

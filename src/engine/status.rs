@@ -55,7 +55,7 @@ pub struct ProcessStats {
 }
 
 /// Names of the counters, as `vmcache stats` prints them.
-pub const COUNTERS: [&str; 11] = [
+pub const COUNTERS: [&str; 13] = [
     "reads",
     "hit-bytes",
     "zero-bytes",
@@ -67,6 +67,8 @@ pub const COUNTERS: [&str; 11] = [
     "dropped-bytes",
     "populate-errors",
     "checkpoints",
+    "bad-bytes",
+    "repaired-bytes",
 ];
 
 /// An image as it is now.
@@ -197,6 +199,8 @@ fn values(counters: &Counters) -> [u64; COUNTERS.len()] {
         counters.dropped_bytes.get(),
         counters.populate_errors.get(),
         counters.checkpoints.get(),
+        counters.bad_bytes.get(),
+        counters.repaired_bytes.get(),
     ]
 }
 
@@ -217,8 +221,8 @@ pub struct CheckReport {
     pub repaired: bool,
 }
 
-/// Checks all tables of an image, and puts them right where `repair` says so; that only where
-/// nobody uses it. `progress` hears of bytes of tables read and in all.
+/// Checks all tables of an image and all cached data, and puts them right where `repair` says so;
+/// that only where nobody uses it. `progress` hears of bytes of cached data done and in all.
 pub fn check(path: &Path, repair: bool, progress: impl FnMut(u64, u64)) -> Result<CheckReport> {
     let image = match Image::open(path, Access::ReadWrite) {
         Err(err) if !repair && err.kind() == ErrorKind::Io => {
@@ -235,7 +239,7 @@ pub fn check(path: &Path, repair: bool, progress: impl FnMut(u64, u64)) -> Resul
     }
     let base = BaseState::of(image.header(), image.path());
     if !repair {
-        let scan = Scan::read(&image, progress)?;
+        let scan = verified_scan(&image, progress)?;
         return Ok(CheckReport { scan, base, repaired: false });
     }
     let _join = image
@@ -244,8 +248,8 @@ pub fn check(path: &Path, repair: bool, progress: impl FnMut(u64, u64)) -> Resul
     if !image.lock_use(Use::Alone, Duration::from_millis(500))? || image.is_read_by_others()? {
         return Err(busy("in use; an image is repaired only when no process has it open"));
     }
-    let scan = Scan::read(&image, progress)?;
-    let wrong = scan.damages != 0 || !scan.leaks.is_empty();
+    let scan = verified_scan(&image, progress)?;
+    let wrong = scan.damages != 0 || !scan.leaks.is_empty() || !scan.bad.is_empty();
     if wrong {
         // The live state was made from the damaged tables.
         image.disown_live_files()?;
@@ -254,4 +258,11 @@ pub fn check(path: &Path, repair: bool, progress: impl FnMut(u64, u64)) -> Resul
         image::repair(&image, &scan)?;
     }
     Ok(CheckReport { scan, base, repaired: wrong })
+}
+
+/// All tables and all cached data of an image.
+fn verified_scan(image: &Image, progress: impl FnMut(u64, u64)) -> Result<Scan> {
+    let mut scan = Scan::read(image, |_, _| {})?;
+    scan.verify_data(image, progress)?;
+    Ok(scan)
 }

@@ -301,7 +301,7 @@ fn place_out_of_range_in_the_map_is_read_from_the_base() {
     let engine = filled(&path, 64 * KIB);
     let live = engine.core.live().unwrap();
     let bits = SubclusterBits::new(1, 0);
-    live.entry(1).unwrap().restore(L2Entry { host: Some(HostOffset(u64::MAX)), bits });
+    live.entry(1).unwrap().restore(L2Entry { host: Some(HostOffset(u64::MAX)), bits }, bits);
     let plan = engine.plan(ByteRange { start: 64 * KIB, len: 512 });
     let shown = engine.status_of(ByteRange { start: 64 * KIB, len: 512 });
     assert!(matches!(plan[0].step, Step::Base));

@@ -2,12 +2,14 @@
 //! checkpoints.
 //!
 //! ```text
-//! byte   0  u32  version of the extension, 1
+//! byte   0  u32  version of the extension, 2
 //!        4  u32  flags: bit 0 mtime and inode are known, bit 1 the sample hash is known
 //!        8  u64  quota in bytes, 0 for none
 //!       16  [16] UUID of the image
 //!       32  i64  base: modification time, seconds
 //!       40  u32  base: modification time, nanoseconds
+//!       44  u32  CRC32C of the header up to the end of the backing file name, with this word and
+//!                the number of checkpoints taken for zero
 //!       48  u64  base: inode
 //!       56  [32] base: SHA-256 over sampled blocks
 //!       88  u64  checkpoints so far; rewritten in place by each of them
@@ -26,8 +28,10 @@ pub(super) const CACHE_EXTENSION_LEN: usize = 128;
 /// Where the number of checkpoints stands in the data, behind all that only creation and the first
 /// reader write.
 pub(super) const CHECKPOINTS_AT: usize = 88;
+/// Where the header's CRC stands in the data.
+pub(super) const HEADER_CRC_AT: usize = 44;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const FLAG_LOCAL: u32 = 1;
 const FLAG_SAMPLED: u32 = 2;
 
@@ -88,14 +92,17 @@ impl CacheExtension {
         if version != VERSION {
             return Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("vmcache header extension has version {version}, this build knows 1"),
+                format!(
+                    "vmcache header extension has version {version}, this build knows {VERSION}; \
+                     make a new cache with 'vmcache create --force'"
+                ),
             ));
         }
         let quota = reader.u64()?;
         let uuid = reader.array()?;
         let mtime = i64::from_be_bytes(reader.array()?);
         let nanos = reader.u32()?;
-        let _reserved = reader.u32()?;
+        let _header_crc = reader.u32()?;
         let inode = reader.u64()?;
         let sample = reader.array()?;
         let checkpoints = reader.u64()?;

@@ -4,7 +4,9 @@
 //!
 //! Used by `image`.
 
-use super::extension::{CACHE_EXTENSION, CACHE_EXTENSION_LEN, CHECKPOINTS_AT, Reader};
+use super::extension::{
+    CACHE_EXTENSION, CACHE_EXTENSION_LEN, CHECKPOINTS_AT, HEADER_CRC_AT, Reader,
+};
 use super::layout::REFCOUNT_ORDER;
 use super::{BaseIdentity, CacheExtension, Geometry, HostOffset, Layout};
 use crate::error::{Error, ErrorKind, Result};
@@ -87,9 +89,10 @@ impl Header {
     /// sector, without the number of checkpoints, which others may be writing.
     pub fn sample_note(&self, sample: [u8; 32]) -> (HostOffset, Vec<u8>) {
         let base = BaseIdentity { sample: Some(sample), ..self.cache.base };
-        let noted = CacheExtension { base, ..self.cache.clone() };
-        let bytes = noted.encode().into_iter().take(CHECKPOINTS_AT).collect();
-        (HostOffset(self.cache_at as u64), bytes)
+        let cache = CacheExtension { base, ..self.cache.clone() };
+        let bytes = Header { cache, ..self.clone() }.encode();
+        let noted = bytes.get(self.cache_at..self.cache_at + CHECKPOINTS_AT).unwrap_or_default();
+        (HostOffset(self.cache_at as u64), noted.to_vec())
     }
 
     /// The bytes at the start of the file.
@@ -128,6 +131,7 @@ impl Header {
         bytes.extend([0; 8]); // compression type: deflate, unused
         bytes.extend(tail);
         bytes.extend(self.backing_file.as_bytes());
+        seal(&mut bytes, self.cache_at);
         bytes
     }
 
@@ -207,9 +211,38 @@ impl Header {
                 },
             ];
             check_tables(&geometry, &tables, l1_size, refcount_table_clusters, file_len)?;
+            // Last, since it says the least.
+            let header = bytes.get(..backing_at as usize + backing_len).unwrap_or_default();
+            let noted = header.get(cache_at + HEADER_CRC_AT..).and_then(<[u8]>::first_chunk);
+            if noted != Some(&header_crc(header, cache_at).to_be_bytes()) {
+                return damaged(
+                    "the header is not what vmcache wrote: its checksum differs".into(),
+                );
+            }
         }
         Ok(Header { geometry, backing_file, backing_format, cache, trusted, cache_at })
     }
+}
+
+/// Puts the CRC of a whole header into it.
+pub(super) fn seal(header: &mut [u8], cache_at: usize) {
+    let crc = header_crc(header, cache_at);
+    let place = header.get_mut(cache_at + HEADER_CRC_AT..).and_then(<[u8]>::first_chunk_mut);
+    if let Some(place) = place {
+        *place = crc.to_be_bytes();
+    }
+}
+
+/// CRC32C over the header up to the end of the backing file name, without what is rewritten in place
+/// and without itself.
+fn header_crc(bytes: &[u8], cache_at: usize) -> u32 {
+    let (crc, checkpoints) = (cache_at + HEADER_CRC_AT, cache_at + CHECKPOINTS_AT);
+    let parts = [0..crc, crc + 4..checkpoints, checkpoints + 8..bytes.len()];
+    let zeros: [&[u8]; 3] = [&[], &[0; 4], &[0; 8]];
+    parts.into_iter().zip(zeros).fold(0, |sum, (part, zeros)| {
+        let sum = crc32c::crc32c_append(sum, zeros);
+        crc32c::crc32c_append(sum, bytes.get(part).unwrap_or_default())
+    })
 }
 
 /// A table that the header points at.

@@ -53,6 +53,13 @@ impl L2Entry {
     /// Size of an entry in the table.
     pub const SIZE: usize = 16;
 
+    /// The entry without some subclusters (a mask), and without its place where no data is left.
+    pub fn without(self, subclusters: u32) -> Self {
+        let (data, zero) = (self.bits.data() & !subclusters, self.bits.zero() & !subclusters);
+        let host = self.host.filter(|_| data != 0);
+        L2Entry { host, bits: SubclusterBits::new(data, zero) }
+    }
+
     /// The entry's bytes.
     pub fn encode(&self) -> [u8; Self::SIZE] {
         let descriptor = self.host.map_or(0, |host| host.0 | COPIED);

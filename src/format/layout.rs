@@ -2,8 +2,9 @@
 //! from its geometry alone:
 //!
 //! ```text
-//! header | refcount table | refcount blocks | L1 table | L2 tables | data clusters ...
-//!    1   |      few       |  for the largest file it can become     | up to one per guest cluster
+//! header | refcount table | refcount blocks | L1 table | L2 tables | checksums | data clusters ...
+//!    1   |      few       |    for the largest file it can become    | 128 bytes | one
+//!                                                                      per guest cluster
 //! ```
 //!
 //! All tables are there from the start, as holes of a sparse file where they are still zero. So
@@ -12,12 +13,14 @@
 //!
 //! Used by `image` to create and to validate.
 
-use super::geometry::{Geometry, HostOffset};
+use super::checksum::Checksum;
+use super::geometry::{Geometry, HostOffset, SUBCLUSTERS};
 
 /// Bits of a refcount are 2^4 = 16, the format's default.
 pub const REFCOUNT_ORDER: u32 = 4;
 /// Bytes of a refcount.
 const REFCOUNT_BYTES: u64 = 2;
+const CHECKSUM_BYTES: u64 = Checksum::SIZE as u64;
 
 /// "Bit 63: refcount is exactly one" of an L1 entry.
 const COPIED: u64 = 1 << 63;
@@ -34,6 +37,9 @@ pub struct Layout {
     pub l1_table: u64,
     /// First cluster of the L2 tables.
     pub l2_tables: u64,
+    /// First cluster of the checksums, and one past the last cluster with a refcount that an empty
+    /// image has.
+    pub checksums: u64,
     /// First cluster of the data area.
     pub data: u64,
     /// One past the last cluster that the file can ever have.
@@ -45,7 +51,10 @@ impl Layout {
     pub fn new(geometry: &Geometry) -> Self {
         let cluster = geometry.cluster_size();
         let l1_clusters = (geometry.l2_tables() * 8).div_ceil(cluster);
-        let without_refcounts = 1 + l1_clusters + geometry.l2_tables() + geometry.clusters();
+        let checksum_bytes = geometry.clusters() * u64::from(SUBCLUSTERS) * CHECKSUM_BYTES;
+        let checksum_clusters = checksum_bytes.div_ceil(cluster);
+        let without_refcounts =
+            1 + l1_clusters + geometry.l2_tables() + checksum_clusters + geometry.clusters();
         let mut blocks = 1u64;
         loop {
             let table = (blocks * 8).div_ceil(cluster);
@@ -54,13 +63,15 @@ impl Layout {
             if needed <= blocks {
                 let l1_table = 1 + table + blocks;
                 let l2_tables = l1_table + l1_clusters;
+                let checksums = l2_tables + geometry.l2_tables();
                 return Layout {
                     cluster_bits: geometry.cluster_bits(),
                     refcount_table_clusters: table,
                     refcount_blocks: blocks,
                     l1_table,
                     l2_tables,
-                    data: l2_tables + geometry.l2_tables(),
+                    checksums,
+                    data: checksums + checksum_clusters,
                     end,
                 };
             }
@@ -100,6 +111,11 @@ impl Layout {
         HostOffset(self.l2_table_offset(0).0 + guest_cluster * super::L2Entry::SIZE as u64)
     }
 
+    /// Host offset of the checksum of a subcluster, numbered from the start of the disk.
+    pub fn checksum_offset(&self, subcluster: u64) -> HostOffset {
+        HostOffset(self.offset(self.checksums).0 + subcluster * CHECKSUM_BYTES)
+    }
+
     /// The refcount table: each block's offset, big-endian.
     pub fn encode_refcount_table(&self) -> Vec<u8> {
         (0..self.refcount_blocks)
@@ -116,7 +132,7 @@ impl Layout {
 
     /// The L1 table: each L2 table's offset with the COPIED flag, big-endian.
     pub fn encode_l1_table(&self) -> Vec<u8> {
-        (0..self.data - self.l2_tables)
+        (0..self.checksums - self.l2_tables)
             .flat_map(|table| (self.l2_table_offset(table).0 | COPIED).to_be_bytes())
             .collect()
     }

@@ -6,12 +6,14 @@
 //!
 //! Used by `image`, `live` and `engine`; uses only `error`.
 
+mod checksum;
 mod extension;
 mod geometry;
 mod header;
 mod l2;
 mod layout;
 
+pub use checksum::Checksum;
 pub use extension::{BaseIdentity, CacheExtension};
 pub use geometry::{ByteRange, Geometry, GuestOffset, HostOffset, SECTOR, SUBCLUSTERS};
 pub use header::{HEADER_MAX, Header};

@@ -2,10 +2,13 @@
 
 use proptest::prelude::*;
 
+use super::header::seal;
 use super::*;
 use crate::error::ErrorKind;
 
 const KIB: u64 = 1 << 10;
+/// Where vmcache's extension stands.
+const EXTENSION: usize = 120;
 const TIB: u64 = 1 << 40;
 
 fn cache_extension() -> CacheExtension {
@@ -30,6 +33,8 @@ fn decode_mutated(offset: usize, bytes: &[u8]) -> ErrorKind {
     let geometry = Geometry::new(16, 1 << 30).unwrap();
     let mut encoded = header(geometry).encode();
     encoded[offset..offset + bytes.len()].copy_from_slice(bytes);
+    // As somebody would who means it: the checksum fits.
+    seal(&mut encoded, EXTENSION);
     Header::decode(&encoded, file_len(&geometry)).unwrap_err().kind()
 }
 
@@ -46,6 +51,18 @@ fn header_reads_back_as_it_was_written() {
     let written = header(geometry);
     let read = Header::decode(&written.encode(), file_len(&geometry)).unwrap();
     assert_eq!(read, written);
+}
+
+#[test]
+fn sample_noted_in_place_leaves_a_header_that_reads_back() {
+    let geometry = Geometry::new(17, 4 << 30).unwrap();
+    let cache = CacheExtension { base: BaseIdentity::default(), ..cache_extension() };
+    let written = Header::new(geometry, "base.raw", "raw", cache).unwrap();
+    let mut bytes = written.encode();
+    let (at, note) = written.sample_note([3; 32]);
+    bytes[at.0 as usize..][..note.len()].copy_from_slice(&note);
+    let read = Header::decode(&bytes, file_len(&geometry)).unwrap();
+    assert_eq!(read.cache.base.sample, Some([3; 32]));
 }
 
 #[test]
@@ -292,10 +309,14 @@ proptest! {
         geometry in geometries(),
         changes in prop::collection::vec((0usize..400, any::<u8>()), 1..4),
         cut in 0u64..3,
+        sealed: bool,
     ) {
         let mut bytes = header(geometry).encode();
         for (at, value) in changes {
             bytes[at] = value;
+        }
+        if sealed {
+            seal(&mut bytes, EXTENSION);
         }
         let len = file_len(&geometry) - cut;
         if let Ok(found) = Header::decode(&bytes, len) {
@@ -309,6 +330,35 @@ proptest! {
             let expected = [layout.offset(layout.l1_table), layout.refcount_table_offset()];
             prop_assert!(!found.trusted || pointers == expected.map(|offset| offset.0));
         }
+    }
+
+    #[test]
+    fn header_with_any_flipped_bit_is_refused_or_not_trusted(at in 0usize..350, bit in 0u32..8) {
+        let geometry = Geometry::new(17, 4 << 30).unwrap();
+        let written = header(geometry);
+        let mut bytes = written.encode();
+        let at = at.min(bytes.len() - 1);
+        bytes[at] ^= 1 << bit;
+        if let Ok(found) = Header::decode(&bytes, file_len(&geometry)) {
+            let checkpoints = written.checkpoints_offset().0 as usize;
+            prop_assert!(!found.trusted || (checkpoints..checkpoints + 8).contains(&at));
+        }
+    }
+
+    #[test]
+    fn checksum_differs_with_the_data_and_with_the_place(
+        data in prop::collection::vec(any::<u8>(), 512),
+        number in 0u64..1 << 40,
+        flipped in 0usize..512 * 8,
+        elsewhere in 1u64..1 << 40,
+    ) {
+        let written = Checksum::of(number, &data);
+        prop_assert_eq!(Checksum::decode(written.encode()), written);
+        prop_assert!(u32::from_be_bytes(written.encode()) > 1);
+        prop_assert_ne!(Checksum::of(number ^ elsewhere, &data), written);
+        let mut other = data;
+        other[flipped / 8] ^= 1 << (flipped % 8);
+        prop_assert_ne!(Checksum::of(number, &other), written);
     }
 
     #[test]
@@ -366,7 +416,10 @@ proptest! {
         prop_assert_eq!(layout.refcount_block_offset(0), layout.offset(1 + layout.refcount_table_clusters));
         prop_assert_eq!(layout.refcount_block_offset(layout.refcount_blocks), layout.offset(layout.l1_table));
         prop_assert_eq!(layout.l1_table + l1_clusters, layout.l2_tables);
-        prop_assert_eq!(layout.l2_table_offset(geometry.l2_tables()), layout.offset(layout.data));
+        prop_assert_eq!(layout.l2_table_offset(geometry.l2_tables()), layout.offset(layout.checksums));
+        let subclusters = geometry.clusters() * u64::from(SUBCLUSTERS);
+        let checksums_end = layout.checksum_offset(subclusters).0.next_multiple_of(geometry.cluster_size());
+        prop_assert_eq!(HostOffset(checksums_end), layout.offset(layout.data));
         prop_assert_eq!(layout.end - layout.data, geometry.clusters());
     }
 

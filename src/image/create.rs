@@ -83,8 +83,8 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
 
 /// Bytes that the tables of an empty image occupy at the most.
 fn metadata_bytes(layout: &Layout) -> u64 {
-    let l1_entries = layout.data - layout.l2_tables;
-    let refcounts = layout.data * 2;
+    let l1_entries = layout.checksums - layout.l2_tables;
+    let refcounts = layout.checksums * 2;
     [HEADER_MAX as u64, layout.refcount_blocks * 8, refcounts, l1_entries * 8]
         .iter()
         .map(|bytes| bytes.next_multiple_of(4096))
@@ -96,7 +96,7 @@ fn write_tables(file: &File, header: &Header, layout: &Layout) -> std::io::Resul
     set_final_length(file, layout)?;
     file.write_all_at(&header.encode(), 0)?;
     file.write_all_at(&layout.encode_refcount_table(), layout.refcount_table_offset().0)?;
-    let refcounts = 1u16.to_be_bytes().repeat(layout.data as usize);
+    let refcounts = 1u16.to_be_bytes().repeat(layout.checksums as usize);
     file.write_all_at(&refcounts, layout.refcount_offset(0).0)?;
     file.write_all_at(&layout.encode_l1_table(), layout.offset(layout.l1_table).0)?;
     // A power cut must not leave a name without its contents behind.

@@ -33,7 +33,7 @@ use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 use super::create::set_final_length;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Geometry, HEADER_MAX, Header, HostOffset, L2Entry, Layout};
+use crate::format::{Checksum, Geometry, HEADER_MAX, Header, HostOffset, L2Entry, Layout};
 use crate::lock::{LockKind, is_held_against, lock_within, try_lock};
 
 const QEMU_PERM_BASE: u64 = 100;
@@ -192,6 +192,26 @@ impl Image {
         })
     }
 
+    /// Reads `buf.len()` bytes; what lies beyond the end of the file is zero.
+    pub fn read_or_zero(&self, buf: &mut [u8], at: HostOffset) -> Result<()> {
+        let mut done = 0;
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match self.file.read_at(rest, at.0 + done as u64) {
+                Ok(0) => {
+                    rest.fill(0);
+                    return Ok(());
+                }
+                Ok(read) => done += read,
+                Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+                Err(err) => {
+                    let tried = format!("read {} bytes at {:#x} of", buf.len(), at.0);
+                    return Err(Error::io(&tried, &self.path, &err));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Writes bytes of data or tables.
     pub fn write(&self, buf: &[u8], at: HostOffset) -> Result<()> {
         self.file.write_all_at(buf, at.0).map_err(|err| {
@@ -244,6 +264,19 @@ impl Image {
     pub fn write_l2_entries(&self, first: u64, entries: &[L2Entry]) -> Result<()> {
         let bytes: Vec<u8> = entries.iter().flat_map(L2Entry::encode).collect();
         self.write(&bytes, self.layout.l2_entry_offset(first))
+    }
+
+    /// Writes the checksums of consecutive subclusters, numbered from the start of the disk.
+    pub fn write_checksums(&self, first: u64, checksums: &[Checksum]) -> Result<()> {
+        let bytes: Vec<u8> = checksums.iter().flat_map(|sum| sum.encode()).collect();
+        self.write(&bytes, self.layout.checksum_offset(first))
+    }
+
+    /// Reads the checksums of consecutive subclusters.
+    pub fn read_checksums(&self, first: u64, count: u64) -> Result<Vec<Checksum>> {
+        let mut bytes = vec![0; count as usize * Checksum::SIZE];
+        self.read(&mut bytes, self.layout.checksum_offset(first))?;
+        Ok(decode_checksums(&bytes))
     }
 
     /// Writes the refcount table and the L1 table as they have to be.
@@ -321,6 +354,11 @@ impl Image {
     fn lock_error(&self, err: &io::Error) -> Error {
         Error::io("lock", &self.path, err)
     }
+}
+
+/// Checksums from their bytes in the file.
+pub fn decode_checksums(bytes: &[u8]) -> Vec<Checksum> {
+    bytes.as_chunks().0.iter().map(|bytes| Checksum::decode(*bytes)).collect()
 }
 
 /// An exclusive lock on one byte, dropped with this value.

@@ -14,7 +14,7 @@ mod repair;
 mod scan;
 
 pub use create::{CreateOptions, create};
-pub use file::{Access, Image, Use};
+pub use file::{Access, Image, Use, decode_checksums};
 pub use identity::{BaseFile, BaseState, sample_base};
 pub use repair::{discard_unused, free_leaks, repair};
 pub use scan::{Leak, Scan};

@@ -23,23 +23,24 @@ pub fn discard_unused(image: &Image, scan: &Scan) {
     }
 }
 
-/// Makes an image consistent again. Wrong refcounts are written anew and leaked clusters given
-/// back. Where an L2 entry is damaged all of them are dropped: what damaged one may have turned
-/// another into one that looks sound and names somebody else's data, and a cache can be filled
-/// again.
+/// Makes an image consistent again: entries that are part of a contradiction are dropped, and what
+/// is not what its checksum says; wrong refcounts are written anew, leaked clusters given back. What
+/// is kept is no more trusted than before: its checksums are looked at when it is read.
 pub fn repair(image: &Image, scan: &Scan) -> Result<()> {
     image.write_fixed_tables()?;
-    let dropped = !scan.damaged_clusters.is_empty();
-    if dropped {
-        let entries = scan.entries.keys().chain(&scan.damaged_clusters);
-        for cluster in entries {
-            image.write_l2_entries(*cluster, &[L2Entry::default()])?;
+    for cluster in &scan.damaged_clusters {
+        image.write_l2_entries(*cluster, &[L2Entry::default()])?;
+    }
+    let kept = || scan.entries.iter().map(|(cluster, entry)| scan.good_entry(*cluster, *entry));
+    for ((cluster, before), entry) in scan.entries.iter().zip(kept()) {
+        if entry != *before {
+            image.write_l2_entries(*cluster, &[entry])?;
         }
     }
     // No entry may be left without a refcount, whichever of the two reaches the disk first.
     image.sync()?;
-    image.write_refcounts(0, image.layout().data, 1)?;
-    for host in scan.entries.values().filter(|_| !dropped).filter_map(|entry| entry.host) {
+    image.write_refcounts(0, image.layout().checksums, 1)?;
+    for host in kept().filter_map(|entry| entry.host) {
         image.write_refcounts(host.0 >> image.geometry().cluster_bits(), 1, 1)?;
     }
     image.sync()?;

@@ -12,7 +12,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::Image;
 use crate::error::{Error, Result};
-use crate::format::{ByteRange, HostOffset, L2Entry};
+use crate::format::{ByteRange, Checksum, Geometry, HostOffset, L2Entry, SUBCLUSTERS};
 
 /// Bytes read at once.
 const PIECE: u64 = 1 << 20;
@@ -33,6 +33,9 @@ pub struct Scan {
     pub damages: u64,
     /// Guest clusters whose entries are part of a contradiction.
     pub damaged_clusters: Vec<u64>,
+    /// Masks of the subclusters that are not what their checksums say, by guest cluster: the zero
+    /// ones, and after [`Scan::verify_data`] those with data.
+    pub bad: BTreeMap<u64, u32>,
     /// Clusters of the file with a refcount but no reference.
     pub leaks: Vec<Leak>,
     /// One past the last cluster of the file in use.
@@ -40,14 +43,69 @@ pub struct Scan {
 }
 
 impl Scan {
-    /// Reads all tables of an image. Contradictions are findings; an error is a failed read.
+    /// Reads all tables of an image, and the checksums of what reads as zeros. Contradictions are findings; an error is a failed read.
     /// `progress` hears of the bytes of L2 tables done and in all.
     pub fn read(image: &Image, mut progress: impl FnMut(u64, u64)) -> Result<Self> {
         let mut scan = Scan { end: image.layout().data, ..Scan::default() };
         scan.read_fixed_tables(image)?;
         scan.read_l2_tables(image, &mut progress)?;
         scan.read_refcounts(image)?;
+        scan.verify_zeros(image)?;
         Ok(scan)
+    }
+
+    /// Reads all cached data and holds it against its checksums. `progress` hears of bytes of
+    /// clusters done and in all.
+    pub fn verify_data(&mut self, image: &Image, mut progress: impl FnMut(u64, u64)) -> Result<()> {
+        let (size, unit) = (image.geometry().cluster_size(), image.geometry().subcluster_size());
+        let with_data = |entry: &L2Entry| entry.host.filter(|_| entry.bits.data() != 0);
+        let total = self.entries.values().filter_map(with_data).count() as u64 * size;
+        let mut data = vec![0; size as usize];
+        let mut done = 0;
+        for (cluster, entry) in &self.entries {
+            let Some(host) = with_data(entry) else { continue };
+            let first = cluster * u64::from(SUBCLUSTERS);
+            let expected = image.read_checksums(first, u64::from(SUBCLUSTERS))?;
+            image.read_or_zero(&mut data, host)?;
+            let found = (first..).zip(data.chunks_exact(unit as usize));
+            let bad = (0u32..)
+                .zip(found.zip(expected))
+                .filter(|(index, _)| entry.bits.data() >> index & 1 != 0)
+                .filter(|(_, ((number, data), expected))| Checksum::of(*number, data) != *expected)
+                .fold(0, |mask, (index, _)| mask | 1 << index);
+            if bad != 0 {
+                *self.bad.entry(*cluster).or_default() |= bad;
+            }
+            done += size;
+            progress(done, total);
+        }
+        progress(total, total);
+        Ok(())
+    }
+
+    /// Number of subclusters in [`Scan::bad`].
+    pub fn bad_subclusters(&self) -> u64 {
+        self.bad.values().map(|mask| u64::from(mask.count_ones())).sum()
+    }
+
+    /// All that is wrong, leaks apart: contradictions and subclusters in [`Scan::bad`].
+    pub fn errors(&self) -> u64 {
+        self.damages + self.bad_subclusters()
+    }
+
+    /// The first of all that is wrong in words.
+    pub fn in_words(&self, geometry: &Geometry) -> Vec<String> {
+        let bad = self.bad.iter().map(|(cluster, mask)| {
+            let at = cluster << geometry.cluster_bits();
+            let count = mask.count_ones();
+            format!("guest cluster at {at:#x}: {count} subclusters ({mask:#010x}) are not what was stored")
+        });
+        self.findings.iter().cloned().chain(bad).take(FINDINGS).collect()
+    }
+
+    /// The entry of a guest cluster without what is in [`Scan::bad`].
+    pub fn good_entry(&self, cluster: u64, entry: L2Entry) -> L2Entry {
+        entry.without(self.bad.get(&cluster).copied().unwrap_or(0))
     }
 
     /// Clusters of the file below [`Scan::end`] that nothing uses.
@@ -160,9 +218,6 @@ impl Scan {
             if entry.bits.data() == 0 {
                 return refuse(self, format!("host offset {:#x} without data", host.0));
             }
-            if let Some(where_to) = missing(image, entry, host) {
-                return refuse(self, format!("data at {:#x} lies {where_to}", host.0));
-            }
             if let Some(other) = hosts.insert(host.0, cluster) {
                 // Whose data it is cannot be told, so neither may keep it.
                 self.entries.remove(&other);
@@ -175,6 +230,24 @@ impl Scan {
             self.end = self.end.max((host.0 >> geometry.cluster_bits()) + 1);
         }
         self.entries.insert(cluster, entry);
+    }
+
+    /// Zero subclusters are nothing but a bit in an entry, so the checksum is all that tells a
+    /// flipped one.
+    fn verify_zeros(&mut self, image: &Image) -> Result<()> {
+        for (cluster, entry) in self.entries.iter().filter(|(_, entry)| entry.bits.zero() != 0) {
+            let first = cluster * u64::from(SUBCLUSTERS);
+            let found = image.read_checksums(first, u64::from(SUBCLUSTERS))?;
+            let bad = (0u32..)
+                .zip(found)
+                .filter(|(_, found)| *found != Checksum::ZERO)
+                .fold(0, |mask, (index, _)| mask | 1 << index)
+                & entry.bits.zero();
+            if bad != 0 {
+                self.bad.insert(*cluster, bad);
+            }
+        }
+        Ok(())
     }
 
     /// Refcounts: one for each table cluster and each data cluster that an entry refers to, none
@@ -192,7 +265,7 @@ impl Scan {
             let first = (piece.start - area.start) / 2;
             for (cluster, bytes) in (first..).zip(bytes.as_chunks::<2>().0) {
                 let refcount = u16::from_be_bytes(*bytes);
-                let expected = cluster < layout.data || used.contains(cluster);
+                let expected = cluster < layout.checksums || used.contains(cluster);
                 match (refcount, expected) {
                     (0, false) => {}
                     (1, true) => seen_used += 1,
@@ -201,7 +274,7 @@ impl Scan {
                 }
             }
         }
-        let missing = layout.data + used.len() - seen_used - wrong.len() as u64;
+        let missing = layout.checksums + used.len() - seen_used - wrong.len() as u64;
         for (cluster, refcount) in &wrong {
             self.damage(format!("cluster {cluster} of the file has refcount {refcount}, not 1"));
         }
@@ -209,22 +282,6 @@ impl Scan {
             self.damage(format!("{missing} clusters in use have refcount 0"));
         }
         Ok(())
-    }
-}
-
-/// Where the last data subcluster of an entry lies if it cannot have been written there: what a cut
-/// file loses first. Subclusters of zeros are no data, so none is a hole.
-fn missing(image: &Image, entry: L2Entry, host: HostOffset) -> Option<&'static str> {
-    let size = image.geometry().subcluster_size();
-    let last = u64::from(u32::BITS - entry.bits.data().leading_zeros());
-    let end = host.0 + last * size;
-    if image.file().metadata().is_ok_and(|meta| end > meta.len()) {
-        return Some("beyond the end of file");
-    }
-    match seek(image.file(), end - size, Whence::SeekData) {
-        Ok(data) if data.is_none_or(|data| data >= end) => Some("in a hole of the file"),
-        // Where it cannot be told there is nothing to complain of.
-        _ => None,
     }
 }
 

@@ -9,7 +9,9 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::error::ErrorKind;
-use crate::format::{BaseIdentity, Geometry, HostOffset, L2Entry, SubclusterBits};
+use crate::format::{
+    BaseIdentity, Checksum, Geometry, HostOffset, L2Entry, SUBCLUSTERS, SubclusterBits,
+};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -53,7 +55,10 @@ impl Fixture {
     }
 
     fn scan(&self) -> Scan {
-        Scan::read(&self.open(), |_, _| {}).unwrap()
+        let image = self.open();
+        let mut scan = Scan::read(&image, |_, _| {}).unwrap();
+        scan.verify_data(&image, |_, _| {}).unwrap();
+        scan
     }
 
     /// Stores guest clusters as a checkpoint would, the first at data cluster `place`.
@@ -64,7 +69,14 @@ impl Fixture {
             let number = image.layout().data + place + index as u64;
             let host = image.layout().offset(number);
             let start = (cluster * size) as usize;
-            image.write(&self.content[start..start + size as usize], host).unwrap();
+            let data = &self.content[start..start + size as usize];
+            image.write(data, host).unwrap();
+            let unit = self.geometry.subcluster_size() as usize;
+            let first = cluster * u64::from(SUBCLUSTERS);
+            let subclusters = (first..).zip(data.chunks_exact(unit));
+            let checksums: Vec<Checksum> =
+                subclusters.map(|(number, data)| Checksum::of(number, data)).collect();
+            image.write_checksums(first, &checksums).unwrap();
             image.write_refcounts(number, 1, 1).unwrap();
             let entry = L2Entry { host: Some(host), bits: SubclusterBits::new(u32::MAX, 0) };
             image.write_l2_entries(cluster, &[entry]).unwrap();
@@ -77,14 +89,12 @@ impl Fixture {
     }
 
     fn repair(&self) {
-        let image = self.open();
-        let scan = Scan::read(&image, |_, _| {}).unwrap();
-        repair(&image, &scan).unwrap();
+        repair(&self.open(), &self.scan()).unwrap();
     }
 
     fn assert_sound(&self) {
         let scan = self.scan();
-        assert!(scan.findings.is_empty() && scan.leaks.is_empty(), "{scan:?}");
+        assert!(scan.errors() == 0 && scan.leaks.is_empty(), "{scan:?}");
         assert_eq!(check_code(&self.path()), 0);
         let base = self.dir.path().join("base.raw");
         let compared = qemu_img(&["compare", "-f", "qcow2", "-F", "raw"], &[&self.path(), &base]);
@@ -266,10 +276,68 @@ fn is_found_and_repaired(damage: impl FnOnce(&Fixture)) {
     let fixture = Fixture::new(64 * KIB, MIB);
     fixture.store(0..8, 0);
     damage(&fixture);
-    let damages = fixture.scan().damages;
+    let errors = fixture.scan().errors();
     fixture.repair();
-    assert_ne!(damages, 0);
+    assert_ne!(errors, 0);
     fixture.assert_sound();
+}
+
+#[test]
+fn flipped_bit_of_data_is_found_and_costs_one_subcluster() {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    fixture.store(0..8, 0);
+    let image = fixture.open();
+    let at = HostOffset(image.layout().offset(image.layout().data + 3).0 + 5 * 2 * KIB + 77);
+    let mut byte = [0];
+    image.read(&mut byte, at).unwrap();
+    image.write(&[byte[0] ^ 4], at).unwrap();
+    let bad = fixture.scan().bad;
+    fixture.repair();
+    assert_eq!(bad, [(3, 1 << 5)].into());
+    let left: u32 =
+        fixture.scan().entries.values().map(|entry| entry.bits.data().count_ones()).sum();
+    assert_eq!(left, 8 * 32 - 1);
+    fixture.assert_sound();
+}
+
+#[test]
+fn data_that_says_it_is_zero_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        fixture.overwrite(3, L2Entry { host: None, bits: SubclusterBits::new(0, 1) });
+    });
+}
+
+#[test]
+fn zeros_that_were_never_stored_are_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        fixture.overwrite(12, L2Entry { host: None, bits: SubclusterBits::new(0, 1 << 31) });
+    });
+}
+
+#[test]
+fn checksum_of_garbage_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        image.write(&[0x5a; 4], image.layout().checksum_offset(3 * 32 + 7)).unwrap();
+    });
+}
+
+#[test]
+fn data_lost_in_a_hole_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        let first = image.layout().data + 2;
+        image.discard(std::iter::once(first..first + 1), image.layout().end).unwrap();
+    });
+}
+
+#[test]
+fn data_cut_off_is_found_and_repaired() {
+    is_found_and_repaired(|fixture| {
+        let image = fixture.open();
+        let len = image.layout().offset(image.layout().data + 6).0 + 123;
+        image.file().set_len(len).unwrap();
+    });
 }
 
 #[test]

@@ -85,10 +85,11 @@ impl MapEntry {
         self.on_disk.store(bits.0, Ordering::Relaxed);
     }
 
-    /// Takes over an L2 entry of the image, before anybody else can see this map.
-    pub fn restore(&self, entry: L2Entry) {
+    /// Takes over an L2 entry of the image, before anybody else can see this map. `on_disk` is what
+    /// the image's own entry shows, which may be more than what is to be trusted.
+    pub fn restore(&self, entry: L2Entry, on_disk: SubclusterBits) {
         self.host.store(entry.host.map_or(0, |host| host.0), Ordering::Relaxed);
-        self.on_disk.store(entry.bits.0, Ordering::Relaxed);
+        self.on_disk.store(on_disk.0, Ordering::Relaxed);
         self.bits.store(entry.bits.0, Ordering::Release);
     }
 }

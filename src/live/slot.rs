@@ -66,7 +66,11 @@ pub struct Counters {
     pub populate_errors: Counter,
     /// Checkpoints done.
     pub checkpoints: Counter,
-    reserved: [Counter; 13],
+    /// Bytes that did not fit their checksums when they were first read.
+    pub bad_bytes: Counter,
+    /// Bytes of those that were stored anew.
+    pub repaired_bytes: Counter,
+    reserved: [Counter; 11],
 }
 
 /// One slot of the live file, on cache lines of its own.

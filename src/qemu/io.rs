@@ -1,5 +1,5 @@
 //! A guest's read, in its coroutine: hits by `preadv2(RWF_NOWAIT)` from the image file straight
-//! into the guest's vector, fetches from the `backing` child, everything that may block in another
+//! into the guest's vector (through a buffer where checksums have to be looked at), fetches from the `backing` child, everything that may block in another
 //! thread while the coroutine yields.
 //!
 //! A coroutine is woken by the thread that has its result with `aio_co_wake`, which may be called
@@ -22,7 +22,7 @@ use super::api;
 use super::call::field;
 use super::node::Node;
 use super::symbols::{BdrvChild, BlockDriverState, Coroutine, QEMUIOVector};
-use crate::engine::{Fetch, Part, Step, Ticket, WAIT_LIMIT};
+use crate::engine::{Check, Fetch, Part, Step, Ticket, WAIT_LIMIT};
 use crate::format::{ByteRange, HostOffset};
 
 /// A positive errno value.
@@ -225,6 +225,7 @@ impl Request<'_> {
             unsafe {
                 match step {
                     Step::Hit(host) => self.hit(guest, host)?,
+                    Step::Check(check) => self.check(guest, check)?,
                     Step::Zero => self.vector.zero(guest),
                     Step::Fetch(fetch) => self.fetch(guest, fetch)?,
                     Step::Base => self.base(guest)?,
@@ -275,9 +276,7 @@ impl Request<'_> {
     /// As for [`read`].
     unsafe fn read_claimed(&self, range: ByteRange) -> Option<Vec<u8>> {
         let len = range.len as usize;
-        let mut data = Vec::new();
-        data.try_reserve_exact(len).ok()?;
-        data.resize(len, 0u8);
+        let mut data = zeroed(len)?;
         let mut iov = [iovec { iov_base: data.as_mut_ptr().cast(), iov_len: len }];
         // SAFETY: as promised by the caller; the buffer outlives the read.
         let read = unsafe { read_backing(self.bs, range, &mut iov) };
@@ -287,11 +286,92 @@ impl Request<'_> {
     /// # Safety
     /// As for [`read`].
     unsafe fn hit(&self, part: ByteRange, host: HostOffset) -> Result<(), Errno> {
-        let engine = self.node.engine();
-        let fd = engine.image().file().as_raw_fd();
-        let mut rest = Rest { iov: self.vector.slice(part), at: host.0, fd };
+        // SAFETY: guest memory that QEMU gave for this request, until it completes.
+        match unsafe { self.read_image(self.vector.slice(part), host) } {
+            Ok(()) => Ok(()),
+            Err(errno) => {
+                self.note_failed_read(errno);
+                // SAFETY: as promised by the caller.
+                unsafe { self.base(part) }
+            }
+        }
+    }
+
+    /// Serves cached data that this open has not seen yet, or the base's bytes where it is not what
+    /// was stored.
+    ///
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn check(&self, part: ByteRange, check: Check) -> Result<(), Errno> {
+        let counters = self.node.engine().counters();
+        let range = check.range();
+        let from = (part.start - range.start) as usize;
+        let wanted = from..from + part.len as usize;
+        // SAFETY: as promised by the caller.
+        let found = unsafe {
+            match self.read_bytes(check.data()) {
+                Ok(data) => self.read_bytes(check.checksums()).map(|sums| (sums, data)),
+                Err(errno) => Err(errno),
+            }
+        };
+        match found {
+            Ok((checksums, data)) if check.is_sound(&checksums, &data) => {
+                counters.hit_bytes.add(part.len);
+                self.vector.fill(part, data.get(wanted).unwrap_or_default());
+                return Ok(());
+            }
+            Ok(_) => {}
+            Err(errno) => {
+                self.note_failed_read(errno);
+                counters.miss_bytes.add(part.len);
+                // SAFETY: as promised by the caller.
+                return unsafe { self.base(part) };
+            }
+        }
+        counters.miss_bytes.add(part.len);
+        // SAFETY: as promised by the caller.
+        let Some(base) = (unsafe { self.read_claimed(range) }) else {
+            // SAFETY: as promised by the caller.
+            return unsafe { self.base(part) };
+        };
+        self.vector.fill(part, base.get(wanted).unwrap_or_default());
+        self.node.engine().repair(check, base);
+        Ok(())
+    }
+
+    /// The bytes at a place of the image file; zeros beyond its end.
+    ///
+    /// # Safety
+    /// As for [`read`].
+    unsafe fn read_bytes(&self, (at, len): (HostOffset, usize)) -> Result<Vec<u8>, Errno> {
+        let mut bytes = zeroed(len).ok_or(libc::ENOMEM)?;
+        let iov = smallvec![iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: len }];
+        // SAFETY: the buffer outlives the read; the rest as promised by the caller.
+        match unsafe { self.read_image(iov, at) } {
+            Ok(()) | Err(END_OF_FILE) => Ok(bytes),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Gives the cache up where the image could not be read; other errors are about the guest's
+    /// memory or this process.
+    fn note_failed_read(&self, errno: Errno) {
+        match errno {
+            END_OF_FILE => self.node.engine().hit_failed(&"the image file has become shorter"),
+            libc::EIO => self.node.engine().hit_failed(&io::Error::from_raw_os_error(errno)),
+            _ => {}
+        }
+    }
+
+    /// Reads from a place of the image file, in this thread what can be had without waiting.
+    ///
+    /// # Safety
+    /// As for [`read`]; the memory must be good for writing until this returns.
+    unsafe fn read_image(&self, iov: IoVec, at: HostOffset) -> Result<(), Errno> {
+        let fd = self.node.engine().image().file().as_raw_fd();
+        let mut rest = Rest { iov, at: at.0, fd };
         let mut result = match self.node.may_read_now() {
-            // SAFETY: guest memory that QEMU gave for this request, until it completes.
+            // SAFETY: as promised by the caller.
             true => unsafe { rest.read_now() },
             false => Ok(false),
         };
@@ -299,19 +379,12 @@ impl Request<'_> {
             self.node.set_no_read_now();
             result = Ok(false);
         }
-        if matches!(result, Ok(false)) {
+        match result {
+            Ok(true) => Ok(()),
             // SAFETY: the same; the coroutine does not complete before the thread is done.
-            result = unsafe { self.read_in_thread(rest) }.map(|()| true);
+            Ok(false) => unsafe { self.read_in_thread(rest) },
+            Err(errno) => Err(errno),
         }
-        if let Err(errno) = result {
-            // Anything else is about the guest's memory or this process, not about the image.
-            if errno == libc::EIO {
-                engine.hit_failed(&io::Error::from_raw_os_error(errno));
-            }
-            // SAFETY: as promised by the caller.
-            unsafe { self.base(part) }?;
-        }
-        Ok(())
     }
 
     /// # Safety
@@ -398,6 +471,18 @@ impl Sleep {
     }
 }
 
+/// A buffer, where there is memory for it.
+fn zeroed(len: usize) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len).ok()?;
+    bytes.resize(len, 0);
+    Some(bytes)
+}
+
+/// Beside the errno values: the file ends before the bytes that were asked for, which it does only
+/// where somebody cut it off.
+const END_OF_FILE: Errno = Errno::MAX;
+
 /// What is still to be read from the image file, and where to.
 #[derive(Clone)]
 struct Rest {
@@ -451,8 +536,7 @@ impl Rest {
             match read {
                 -1 if errno == libc::EINTR => {}
                 -1 => return Err(errno),
-                // The map never points beyond the end of the file, unless somebody cut it off.
-                0 => return Err(libc::EIO),
+                0 => return Err(END_OF_FILE),
                 read => break read as usize,
             }
         };

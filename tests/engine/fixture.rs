@@ -196,7 +196,8 @@ struct Counted {
 }
 
 impl CountedBase {
-    fn new(content: Arc<Vec<u8>>, subcluster_size: u64) -> Self {
+    /// A base with some content.
+    pub fn new(content: Arc<Vec<u8>>, subcluster_size: u64) -> Self {
         let subclusters = (content.len() as u64).div_ceil(subcluster_size);
         let touched = (0..subclusters).map(|_| AtomicU32::new(0)).collect();
         CountedBase(Arc::new(Counted {

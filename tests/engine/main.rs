@@ -8,5 +8,6 @@ mod fixture;
 mod foreign;
 mod processes;
 mod random;
+mod rot;
 mod sharing;
 mod space;

@@ -1,5 +1,5 @@
-//! `vmcache check`: holds the tables of a cache image against each other and the base against what
-//! it was, with the exit codes of `qemu-img check`.
+//! `vmcache check`: holds the tables of a cache image against each other, its data against the
+//! checksums and the base against what it was, with the exit codes of `qemu-img check`.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -18,8 +18,8 @@ const DAMAGED: u8 = 2;
 const LEAKS: u8 = 3;
 
 const LONG_ABOUT: &str = "\
-Check all tables of a cache image, and whether its base is still the one it was
-made from.
+Check all tables of a cache image, all cached data against its checksums, and
+whether its base is still the one it was made from.
 
 It can be used while virtual machines run, --repair only when none does.
 Repairing drops what is damaged, so that the base answers for it again, and
@@ -34,7 +34,7 @@ Exit status, as of 'qemu-img check':
   3  leaked clusters and nothing else: they waste space and do no harm, and the
      next use gives them back";
 
-/// Check the tables of a cache image, and its base
+/// Check the tables and the data of a cache image, and its base
 #[derive(Debug, clap::Args)]
 #[command(long_about = LONG_ABOUT, after_long_help = EXIT_CODES)]
 pub struct Args {
@@ -111,7 +111,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<u8> {
 fn checked(args: &Args) -> Result<Report, Error> {
     let found = check_once(args, args.repair, "Checking")?;
     let geometry = *Image::open(&args.cache, Access::ReadOnly)?.geometry();
-    let (damages, leaks) = (found.scan.damages, found.scan.leaked_clusters());
+    let (errors, leaks) = (found.scan.errors(), found.scan.leaked_clusters());
     let left = match found.repaired {
         true => check_once(args, false, "Checking again")?,
         false => found,
@@ -124,9 +124,9 @@ fn checked(args: &Args) -> Result<Report, Error> {
         filename: path_text(&args.cache),
         format: "vmcache",
         check_errors: 0,
-        corruptions: left.scan.damages,
+        corruptions: left.scan.errors(),
         leaks: left.scan.leaked_clusters(),
-        corruptions_fixed: damages.saturating_sub(left.scan.damages),
+        corruptions_fixed: errors.saturating_sub(left.scan.errors()),
         leaks_fixed: leaks.saturating_sub(left.scan.leaked_clusters()),
         allocated_clusters: left.scan.entries.values().filter(|entry| entry.host.is_some()).count()
             as u64,
@@ -134,7 +134,7 @@ fn checked(args: &Args) -> Result<Report, Error> {
         image_end_offset: left.scan.end << geometry.cluster_bits(),
         stale,
         reason,
-        findings: left.scan.findings,
+        findings: left.scan.in_words(&geometry),
     })
 }
 

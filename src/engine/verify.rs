@@ -1,0 +1,152 @@
+//! Cached data is held against its checksums when it is first read after an open. What is not what
+//! was stored (bit rot, a torn copy, a stray writer) is read from the base and stored anew in its
+//! place.
+//!
+//! ```text
+//!   plan            data that this open has not seen yet       -> Step::Check
+//!   the caller      reads the checksums and the data, both from the image file
+//!   is_sound        all fits: the caller serves it, and it is a plain hit from then on
+//!                   something does not: the caller serves the base's bytes ...
+//!   repair          ... and hands them over; the populating thread rewrites what is bad
+//! ```
+//!
+//! What was seen is remembered for each open on its own: nobody has to believe another process, and
+//! a hit looks at memory that nobody else writes to.
+//!
+//! Where neither what was stored nor its checksum fits the base's bytes, the base is most likely
+//! another one than the cache was made from; then nothing is repaired and the cache is given up.
+//!
+//! Used by `plan`, `populate` and `Engine`.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use super::core::Core;
+use crate::error::Result;
+use crate::format::{ByteRange, Checksum, Geometry, HostOffset, SUBCLUSTERS};
+use crate::image::decode_checksums;
+
+/// Entries of each level of [`Seen`].
+const FAN: u64 = 1024;
+
+/// For each guest cluster the subclusters whose data this open has seen to be sound: a tree that
+/// grows where something is read, since a disk may have billions of clusters.
+#[derive(Debug)]
+pub struct Seen {
+    top: Box<[OnceLock<Box<[Leaf]>>]>,
+}
+
+type Leaf = OnceLock<Box<[AtomicU32]>>;
+
+impl Seen {
+    pub fn new(geometry: &Geometry) -> Self {
+        let len = geometry.clusters().div_ceil(FAN * FAN);
+        Seen { top: (0..len).map(|_| OnceLock::new()).collect() }
+    }
+
+    /// The mask of a cluster. Takes no lock and touches nothing that other processes write.
+    pub fn mask(&self, cluster: u64) -> u32 {
+        self.top
+            .get((cluster / (FAN * FAN)) as usize)
+            .and_then(OnceLock::get)
+            .and_then(|leaves| leaves.get((cluster / FAN % FAN) as usize)?.get())
+            .and_then(|leaf| leaf.get((cluster % FAN) as usize))
+            .map_or(0, |mask| mask.load(Ordering::Relaxed))
+    }
+
+    /// Adds subclusters to a cluster's mask.
+    pub fn add(&self, cluster: u64, mask: u32) {
+        let Some(leaves) = self.top.get((cluster / (FAN * FAN)) as usize) else { return };
+        let leaves = leaves.get_or_init(|| (0..FAN).map(|_| OnceLock::new()).collect());
+        let Some(leaf) = leaves.get((cluster / FAN % FAN) as usize) else { return };
+        let leaf = leaf.get_or_init(|| (0..FAN).map(|_| AtomicU32::new(0)).collect());
+        if let Some(seen) = leaf.get((cluster % FAN) as usize) {
+            seen.fetch_or(mask, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Cached subclusters that have to be held against their checksums before they are served.
+#[derive(Debug)]
+pub struct Check {
+    pub(super) core: Arc<Core>,
+    pub(super) first: u64,
+    pub(super) count: u64,
+    pub(super) host: HostOffset,
+}
+
+impl Check {
+    /// The guest's bytes in them: whole subclusters, cut at the end of the disk.
+    pub fn range(&self) -> ByteRange {
+        self.core.image.geometry().subcluster_range(self.first, self.count)
+    }
+
+    /// Where their data stands in the image file, and how many bytes: whole subclusters. What lies
+    /// beyond the end of a file that was cut off counts as zeros.
+    pub fn data(&self) -> (HostOffset, usize) {
+        (self.host, (self.count << self.core.image.geometry().subcluster_bits()) as usize)
+    }
+
+    /// Where their checksums stand in the image file, and how many bytes.
+    pub fn checksums(&self) -> (HostOffset, usize) {
+        let at = self.core.image.layout().checksum_offset(self.first);
+        (at, self.count as usize * Checksum::SIZE)
+    }
+
+    /// Whether all data fits its checksums, both as they are in the file. If so it is a hit from
+    /// now on.
+    pub fn is_sound(&self, checksums: &[u8], data: &[u8]) -> bool {
+        let expected = decode_checksums(checksums);
+        let mut bad = self.count;
+        for ((number, data), expected) in self.subclusters(data).zip(expected) {
+            bad -= u64::from(Checksum::of(number, data) == expected);
+        }
+        if bad == 0 {
+            (self.first..self.first + self.count).for_each(|number| see(&self.core, number));
+        } else {
+            self.core.note_bad(self.range().start, bad);
+        }
+        bad == 0
+    }
+
+    /// Rewrites what does not fit its checksum with the base's bytes, the whole of
+    /// [`Check::range`]; returns how many bytes that were. Blocks.
+    pub(super) fn repair(&self, base: &mut Vec<u8>) -> Result<u64> {
+        let image = &self.core.image;
+        let (host, len) = self.data();
+        // Beyond the end of the disk there is nothing, which a subcluster stores as zeros.
+        base.resize(len, 0);
+        let mut found = vec![0; len];
+        image.read_or_zero(&mut found, host)?;
+        let checksums = image.read_checksums(self.first, self.count)?;
+        let mut repaired = 0;
+        let parts = self.subclusters(&found).zip(self.subclusters(base)).zip(checksums);
+        for (((number, found), (_, base)), checksum) in parts {
+            let right = Checksum::of(number, base);
+            let place = HostOffset(host.0 + (number - self.first) * base.len() as u64);
+            if Checksum::of(number, found) == checksum {
+                // Somebody else was faster, or the base changed; the next open will tell.
+            } else if found == base || checksum == right || checksum == Checksum::NONE {
+                image.write(base, place)?;
+                image.write_checksums(number, &[right])?;
+                see(&self.core, number);
+                repaired += base.len() as u64;
+            } else {
+                self.core.bypass(
+                    "cached data fits neither its checksum nor the base, which must have changed",
+                );
+                break;
+            }
+        }
+        Ok(repaired)
+    }
+
+    fn subclusters<'a>(&self, data: &'a [u8]) -> impl Iterator<Item = (u64, &'a [u8])> {
+        let size = self.core.image.geometry().subcluster_size() as usize;
+        (self.first..).zip(data.chunks_exact(size))
+    }
+}
+
+fn see(core: &Core, number: u64) {
+    core.seen.add(number / u64::from(SUBCLUSTERS), 1 << (number % u64::from(SUBCLUSTERS)));
+}
