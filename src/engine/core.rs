@@ -25,11 +25,14 @@ const PATIENCE: std::ops::RangeInclusive<Duration> =
 #[derive(Debug)]
 pub struct Core {
     pub image: Image,
-    live: Option<LiveFile>,
-    slot: Option<SlotGuard>,
+    /// Both are there from the start, or come later where others were in the way then.
+    live: OnceLock<LiveFile>,
+    slot: OnceLock<SlotGuard>,
     /// Counters of an open without a slot.
     own: Box<Counters>,
     populate: bool,
+    /// Whether joining was put off, to be tried again.
+    may_join_later: AtomicBool,
     off: AtomicBool,
     /// End of the current pause in storing, in milliseconds since `started`.
     paused_until: AtomicU64,
@@ -45,21 +48,17 @@ pub struct Core {
 }
 
 impl Core {
-    /// A core that populates where it has a slot and is told to, and otherwise only reads.
-    pub fn new(
-        image: Image,
-        live: Option<LiveFile>,
-        slot: Option<SlotGuard>,
-        populate: bool,
-    ) -> Self {
+    /// A core without a live state, which passes reads through until it gets one.
+    pub fn new(image: Image, populate: bool) -> Self {
         Core {
             seen: Seen::new(image.geometry()),
             found_bad: OnceLock::new(),
             image,
-            populate: populate && slot.is_some(),
-            live,
-            slot,
+            populate,
+            live: OnceLock::new(),
+            slot: OnceLock::new(),
             own: Box::default(),
+            may_join_later: AtomicBool::new(false),
             off: AtomicBool::new(false),
             paused_until: AtomicU64::new(0),
             started: Instant::now(),
@@ -69,32 +68,60 @@ impl Core {
         }
     }
 
+    /// Starts to use a live state, and to populate where there is a slot. Once.
+    pub fn use_live(&self, live: LiveFile, slot: Option<SlotGuard>) {
+        // In this order: who sees a live state finds the slot that goes with it.
+        let taken = slot.map_or(Ok(()), |slot| self.slot.set(slot)).is_ok();
+        if !taken || self.live.set(live).is_err() {
+            log::error!("{}: joined twice", self.image.path().display());
+        }
+        self.may_join_later.store(false, Ordering::Release);
+    }
+
+    /// Reads pass through for now; see [`Core::may_join_later`].
+    pub fn join_later(&self, reason: &str) {
+        self.may_join_later.store(true, Ordering::Release);
+        log::warn!(
+            "{}: {reason}; reading from the base until that is over",
+            self.image.path().display()
+        );
+    }
+
+    /// Whether there is no live state because others were in the way, and the cache was not given up.
+    pub fn may_join_later(&self) -> bool {
+        self.may_join_later.load(Ordering::Acquire) && !self.off.load(Ordering::Acquire)
+    }
+
+    /// Whether the cache was given up, or this open has ended.
+    pub fn is_off(&self) -> bool {
+        self.off.load(Ordering::Acquire)
+    }
+
     /// The live state, where the cache is in use.
     pub fn active(&self) -> Option<&LiveFile> {
-        let live = self.live.as_ref()?;
-        (!self.off.load(Ordering::Acquire) && !live.has_failed()).then_some(live)
+        let live = self.live.get()?;
+        (!self.is_off() && !live.has_failed()).then_some(live)
     }
 
     /// The live state, whether the cache is in use or not.
     pub fn live(&self) -> Option<&LiveFile> {
-        self.live.as_ref()
+        self.live.get()
     }
 
     /// The name under which to claim, where storing makes sense now.
     pub fn claimant(&self) -> Option<Owner> {
-        let live = self.live.as_ref()?;
-        (self.populate && !live.space().is_full() && !self.is_paused())
-            .then(|| self.slot.as_ref().map(SlotGuard::owner))?
+        let live = self.live.get()?;
+        (self.populate && !live.space().is_full() && !self.is_paused()).then(|| self.owner())?
     }
 
     /// The name under which this open claims, whether it makes sense now or not.
     pub fn owner(&self) -> Option<Owner> {
-        self.slot.as_ref().map(SlotGuard::owner)
+        self.slot.get().map(SlotGuard::owner)
     }
 
     /// This open's slot.
     pub fn slot(&self) -> Option<&Slot> {
-        Some(self.live.as_ref()?.slot(self.owner()?.slot()))
+        Some(self.live.get()?.slot(self.owner()?.slot()))
     }
 
     /// This open's counters.
@@ -104,19 +131,19 @@ impl Core {
 
     /// Whether this open stores what it fetches.
     pub fn populates(&self) -> bool {
-        self.populate
+        self.populate && self.slot.get().is_some()
     }
 
     /// Whether the holder of a claim is still there.
     pub fn is_alive(&self, owner: Owner) -> bool {
-        let Some(live) = &self.live else { return false };
+        let Some(live) = self.live.get() else { return false };
         let same = Owner::new(owner.slot(), live.slot(owner.slot()).generation()) == owner;
         same && self.is_slot_held(owner.slot())
     }
 
     /// Whether a slot has a holder.
     pub fn is_slot_held(&self, index: u32) -> bool {
-        let Some(live) = &self.live else { return false };
+        let Some(live) = self.live.get() else { return false };
         // A lock does not show to the descriptor that holds it.
         self.owner().is_some_and(|me| me.slot() == index) || slot::is_held(live.file(), index)
     }
@@ -135,7 +162,7 @@ impl Core {
 
     /// Stops using the cache, for everybody.
     pub fn fail(&self, reason: &str) {
-        if let Some(live) = &self.live {
+        if let Some(live) = self.live.get() {
             live.fail();
         }
         self.bypass(reason);

@@ -6,12 +6,15 @@
 //!    with it gives back what dead processes had allocated and not used.
 //! 2. Otherwise, who is alone on the image makes a live state from its tables.
 //! 3. Otherwise others use a live file that is gone: nothing they do can be seen, so reads pass
-//!    through.
+//!    through, until they have left.
+//!
+//! Who is held up by others at opening (they have lost their live file, or one was stopped in the
+//! middle of this) tries again every few seconds.
 //!
 //! Where a shared state cannot be had at all (a network filesystem, no permission to write) the
 //! tables of the image are read into a private one, which nobody changes.
 //!
-//! Used by `Engine::open`.
+//! Used by `Engine::open` and `keeper`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -22,12 +25,21 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Access, Image, Scan, Use};
 use crate::live::{LiveFile, LiveIdentity, SlotGuard};
 
-/// How long to wait for another process that is joining.
-const JOIN_PATIENCE: Duration = Duration::from_secs(2);
+/// How long to wait for others.
+#[derive(Clone, Copy)]
+struct Patience {
+    /// For another process that is joining.
+    join: Duration,
+    /// For a user without a live file to go: one that was killed holds its locks until the kernel
+    /// has taken it apart, and so does a child between fork and exec.
+    leave: Duration,
+}
 
-/// How long a user without a live file may take to go: one that was killed holds its locks until
-/// the kernel has taken it apart, and so does a child between fork and exec.
-const LEAVE_PATIENCE: Duration = Duration::from_millis(500);
+const AT_OPEN: Patience =
+    Patience { join: Duration::from_secs(2), leave: Duration::from_millis(500) };
+
+/// Nobody waits for this one, and it must hold nobody up.
+const LATER: Patience = Patience { join: Duration::ZERO, leave: Duration::ZERO };
 
 /// Opens an image. Only what makes the image itself useless is an error.
 pub fn join(path: &Path, options: &Options) -> Result<Core> {
@@ -49,39 +61,54 @@ pub fn join(path: &Path, options: &Options) -> Result<Core> {
         );
         return Ok(read_only(image));
     }
-    let joined = join_live(&image);
-    if joined.is_err() {
-        // Nobody may find the image in use by one who does not use it.
-        image.unlock_use();
+    let core = Core::new(image, options.populate);
+    match join_live(&core.image, AT_OPEN) {
+        Ok(live) => use_live(&core, live),
+        Err(err) if err.kind() == ErrorKind::Busy => core.join_later(&err.to_string()),
+        Err(err) => core.bypass(&err.to_string()),
     }
-    match joined {
+    Ok(core)
+}
+
+/// Tries again to join, where others were in the way at opening: they have gone, or go on.
+pub fn join_late(core: &Core) {
+    match join_live(&core.image, LATER) {
         Ok(live) => {
-            let slot = SlotGuard::acquire(&live)
-                .inspect_err(|err| log::warn!("{err}; reading without adding to the cache"))
-                .ok();
-            Ok(Core::new(image, Some(live), slot, options.populate))
+            use_live(core, live);
+            log::warn!("{}: using the cache from now on", core.image.path().display());
         }
-        Err(err) => Ok(pass_through(image, &err)),
+        Err(err) if err.kind() == ErrorKind::Busy => {}
+        Err(err) => core.bypass(&err.to_string()),
     }
 }
 
+fn use_live(core: &Core, live: LiveFile) {
+    let slot = SlotGuard::acquire(&live)
+        .inspect_err(|err| log::warn!("{err}; reading without adding to the cache"))
+        .ok();
+    core.use_live(live, slot);
+}
+
 fn pass_through(image: Image, why: &Error) -> Core {
-    let core = Core::new(image, None, None, false);
+    let core = Core::new(image, false);
     core.bypass(&why.to_string());
     core
 }
 
 fn read_only(image: Image) -> Core {
-    let made = image.require_trusted().and_then(|()| {
-        let identity = identity(&image)?;
+    let core = Core::new(image, false);
+    let made = core.image.require_trusted().and_then(|()| {
+        let image = &core.image;
+        let identity = identity(image)?;
         let live = LiveFile::make_private(&image.live_path(), &identity)?;
-        restore(&live, &image, &sound_scan(&image)?)?;
+        restore(&live, image, &sound_scan(image)?)?;
         Ok(live)
     });
     match made {
-        Ok(live) => Core::new(image, Some(live), None, false),
-        Err(err) => pass_through(image, &err),
+        Ok(live) => core.use_live(live, None),
+        Err(err) => core.bypass(&err.to_string()),
     }
+    core
 }
 
 /// What a live state of this image has to belong to.
@@ -90,22 +117,31 @@ pub fn identity(image: &Image) -> Result<LiveIdentity> {
         .map_err(|err| Error::io("identify", image.path(), &err))
 }
 
-fn join_live(image: &Image) -> Result<LiveFile> {
+/// Joins the users of an image, or becomes the first one. Busy is what others may end; then, and
+/// after any other error, the image is not in use by this open.
+fn join_live(image: &Image, patience: Patience) -> Result<LiveFile> {
+    let joined = join_live_locked(image, patience);
+    if joined.is_err() {
+        // Nobody may find the image in use by one who does not use it.
+        image.unlock_use();
+    }
+    joined
+}
+
+fn join_live_locked(image: &Image, patience: Patience) -> Result<LiveFile> {
     let busy = |what: &str| Error::new(ErrorKind::Busy, what).on(image.path());
-    let Some(_lock) = image.lock_join(JOIN_PATIENCE)? else {
+    let Some(_lock) = image.lock_join(patience.join)? else {
         return Err(busy("another process has been opening the image for too long"));
     };
     let identity = identity(image)?;
     let mut alone = image.lock_use(Use::Alone, Duration::ZERO)?;
     let found = find_live(image, &identity, true)?.filter(|live| !(alone && live.has_failed()));
     if found.is_none() && !alone {
-        alone = image.lock_use(Use::Alone, LEAVE_PATIENCE)?;
+        alone = image.lock_use(Use::Alone, patience.leave)?;
     }
     let live = match found {
         Some(live) if live.has_failed() => {
-            return Err(busy(
-                "another process found it unreliable; close all users and open it again",
-            ));
+            return Err(busy("another process found it unreliable, and others still have it open"));
         }
         Some(live) => {
             if alone {
@@ -116,8 +152,7 @@ fn join_live(image: &Image) -> Result<LiveFile> {
         None if alone => make(image, &identity)?,
         None => {
             return Err(busy(
-                "its live file was deleted or replaced while the image is in use; \
-                 close all users and open it again",
+                "its live file was deleted or replaced while others have the image open",
             ));
         }
     };

@@ -1,5 +1,6 @@
 //! The keeper: a thread that looks every few seconds whether there is something to write into the
-//! image's tables, left by this process or by one that died, and writes a checkpoint if so.
+//! image's tables, left by this process or by one that died, and writes a checkpoint if so; and that
+//! tries again to join where that was not possible at opening.
 //!
 //! Used by `Engine`.
 
@@ -10,7 +11,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::core::Core;
-use super::{checkpoint, pool};
+use super::{checkpoint, join, pool};
 use crate::live::LiveFile;
 
 /// What a power cut can cost at the most.
@@ -27,7 +28,7 @@ pub struct Keeper {
 impl Keeper {
     pub fn start(core: Arc<Core>) -> Self {
         let stopping = Arc::new((Mutex::new(false), Condvar::new()));
-        let thread = if core.populates() {
+        let thread = if core.populates() || core.may_join_later() {
             let stopping = Arc::clone(&stopping);
             pool::start("vmcache-keep", STACK, move || run(&core, &stopping))
         } else {
@@ -56,6 +57,9 @@ fn run(core: &Core, (stopping, wake): &(Mutex<bool>, Condvar)) {
     while !*stop {
         if wake.wait_for(&mut stop, INTERVAL).timed_out() {
             parking_lot::MutexGuard::unlocked(&mut stop, || {
+                if core.may_join_later() {
+                    join::join_late(core);
+                }
                 checkpoint::write(core, Duration::ZERO);
             });
         }

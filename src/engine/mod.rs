@@ -113,6 +113,11 @@ impl Engine {
         self.core.active().is_some()
     }
 
+    /// Whether the cache was given up for good.
+    pub fn is_bypassed(&self) -> bool {
+        self.core.is_off()
+    }
+
     /// Holds a base of `size` bytes, and the local file that it is if it is one, against what the
     /// cache was made from.
     pub fn check_base(&self, size: u64, file: Option<&Path>) -> BaseState {

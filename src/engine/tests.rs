@@ -145,7 +145,9 @@ fn core_that_cannot_write(path: &Path, live_path: &Path) -> Core {
     let slot = SlotGuard::acquire(&live).unwrap();
     live.space().restore(image.layout().data, image.layout().end, 0, 0);
     live.ensure(0).unwrap();
-    Core::new(image, Some(live), Some(slot), true)
+    let core = Core::new(image, true);
+    core.use_live(live, Some(slot));
+    core
 }
 
 fn publish_something(live: &LiveFile) {

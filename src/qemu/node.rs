@@ -129,7 +129,7 @@ impl Node {
             Error::new(ErrorKind::Io, format!("could not get the length of the base: {err}"))
         })?;
         let mut state = self.engine.check_base(size, file.as_deref());
-        if !matches!(state, BaseState::Changed(_)) && self.engine.is_active() {
+        if !matches!(state, BaseState::Changed(_)) && !self.engine.is_bypassed() {
             state = self.engine.check_base_content(|buf, offset| {
                 // SAFETY: the child (caller); the buffer has `buf.len()` bytes and outlives the
                 // read.

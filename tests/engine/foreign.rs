@@ -3,8 +3,10 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use vmcache::engine::{Engine, ImageState, Options, Reader, Status, check};
+use vmcache::engine::{Base, Engine, ImageState, Options, Reader, Status, check};
 use vmcache::error::ErrorKind;
 use vmcache::image::{Access, Image};
 
@@ -87,6 +89,46 @@ fn newcomer_passes_through_when_the_live_file_was_deleted_in_use() {
     assert!(!fixture.live().exists());
     drop(user);
     fixture.assert_sound();
+}
+
+#[test]
+fn newcomer_without_a_live_file_uses_the_cache_when_the_others_have_left() {
+    let fixture = populated();
+    let user = fixture.reader();
+    fs::remove_file(fixture.live()).unwrap();
+    let counted = fixture.counted_base();
+    let newcomer = Reader::new(fixture.engine(), counted.clone());
+    fixture.read(&newcomer, 0, 64 * KIB);
+    let before = counted.reads();
+    drop(user);
+    await_use_of_the_cache(&newcomer);
+    fixture.read(&newcomer, 0, 3 * MIB);
+    assert!(before > 0);
+    assert_eq!(counted.reads(), before);
+}
+
+#[test]
+fn newcomer_held_up_by_one_stopped_in_joining_uses_the_cache_when_that_goes_on() {
+    let fixture = populated();
+    let stopped = Image::open(&fixture.image(), Access::ReadWrite).unwrap();
+    let joining = stopped.lock_join(Duration::ZERO).unwrap().unwrap();
+    let counted = fixture.counted_base();
+    let newcomer = Reader::new(fixture.engine(), counted.clone());
+    fixture.read(&newcomer, 0, 64 * KIB);
+    let before = counted.reads();
+    drop(joining);
+    await_use_of_the_cache(&newcomer);
+    fixture.read(&newcomer, 0, 3 * MIB);
+    assert!(before > 0);
+    assert_eq!(counted.reads(), before);
+}
+
+fn await_use_of_the_cache<B: Base>(reader: &Reader<B>) {
+    let started = Instant::now();
+    while !reader.engine().is_active() {
+        assert!(started.elapsed() < Duration::from_secs(60), "the cache stays unused");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
