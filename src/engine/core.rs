@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::verify::Seen;
+use super::{Options, Surroundings};
 use crate::image::Image;
 use crate::live::claim::Owner;
 use crate::live::slot::{Counters, Slot, SlotGuard};
@@ -25,6 +26,7 @@ const PATIENCE: std::ops::RangeInclusive<Duration> =
 #[derive(Debug)]
 pub struct Core {
     pub image: Image,
+    pub surroundings: Surroundings,
     /// Both are there from the start, or come later where others were in the way then.
     live: OnceLock<LiveFile>,
     slot: OnceLock<SlotGuard>,
@@ -49,12 +51,13 @@ pub struct Core {
 
 impl Core {
     /// A core without a live state, which passes reads through until it gets one.
-    pub fn new(image: Image, populate: bool) -> Self {
+    pub fn new(image: Image, options: &Options) -> Self {
         Core {
+            surroundings: options.surroundings.clone(),
             seen: Seen::new(image.geometry()),
             found_bad: OnceLock::new(),
             image,
-            populate,
+            populate: options.populate,
             live: OnceLock::new(),
             slot: OnceLock::new(),
             own: Box::default(),

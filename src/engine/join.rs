@@ -19,8 +19,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::Options;
 use super::core::Core;
+use super::{Options, Surroundings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Access, Image, Scan, Use};
 use crate::live::{LiveFile, LiveIdentity, SlotGuard};
@@ -43,26 +43,30 @@ const LATER: Patience = Patience { join: Duration::ZERO, leave: Duration::ZERO }
 
 /// Opens an image. Only what makes the image itself useless is an error.
 pub fn join(path: &Path, options: &Options) -> Result<Core> {
-    let image = match Image::open(path, Access::ReadWrite) {
+    let surroundings = &options.surroundings;
+    let open = |access| Image::open_observed(path, access, surroundings.observer.clone());
+    let image = match open(Access::ReadWrite) {
         Err(err) if matches!(err.errno(), libc::EACCES | libc::EPERM | libc::EROFS) => {
-            let image = Image::open(path, Access::ReadOnly)?;
+            let image = open(Access::ReadOnly)?;
             log::warn!("{err}; using what is cached without adding to it");
-            return Ok(read_only(image));
+            return Ok(read_only(image, options));
         }
         opened => opened?,
     };
     if let Err(err) = image.require_trusted() {
-        return Ok(pass_through(image, &err));
+        let core = Core::new(image, options);
+        core.bypass(&err.to_string());
+        return Ok(core);
     }
     if image.is_remote() {
         log::warn!(
             "{}: on a network filesystem; using what is cached without adding to it",
             image.path().display()
         );
-        return Ok(read_only(image));
+        return Ok(read_only(image, options));
     }
-    let core = Core::new(image, options.populate);
-    match join_live(&core.image, AT_OPEN) {
+    let core = Core::new(image, options);
+    match join_live(&core, AT_OPEN) {
         Ok(live) => use_live(&core, live),
         Err(err) if err.kind() == ErrorKind::Busy => core.join_later(&err.to_string()),
         Err(err) => core.bypass(&err.to_string()),
@@ -72,7 +76,7 @@ pub fn join(path: &Path, options: &Options) -> Result<Core> {
 
 /// Tries again to join, where others were in the way at opening: they have gone, or go on.
 pub fn join_late(core: &Core) {
-    match join_live(&core.image, LATER) {
+    match join_live(core, LATER) {
         Ok(live) => {
             use_live(core, live);
             log::warn!("{}: using the cache from now on", core.image.path().display());
@@ -89,17 +93,11 @@ fn use_live(core: &Core, live: LiveFile) {
     core.use_live(live, slot);
 }
 
-fn pass_through(image: Image, why: &Error) -> Core {
-    let core = Core::new(image, false);
-    core.bypass(&why.to_string());
-    core
-}
-
-fn read_only(image: Image) -> Core {
-    let core = Core::new(image, false);
+fn read_only(image: Image, options: &Options) -> Core {
+    let core = Core::new(image, options);
     let made = core.image.require_trusted().and_then(|()| {
         let image = &core.image;
-        let identity = identity(image)?;
+        let identity = identity(image, &core.surroundings)?;
         let live = LiveFile::make_private(&image.live_path(), &identity)?;
         restore(&live, image, &sound_scan(image)?)?;
         Ok(live)
@@ -112,28 +110,33 @@ fn read_only(image: Image) -> Core {
 }
 
 /// What a live state of this image has to belong to.
-pub fn identity(image: &Image) -> Result<LiveIdentity> {
-    LiveIdentity::of(image.file(), image.header().cache.uuid, *image.geometry())
-        .map_err(|err| Error::io("identify", image.path(), &err))
+pub fn identity(image: &Image, surroundings: &Surroundings) -> Result<LiveIdentity> {
+    let here = LiveIdentity::of(image.file(), image.header().cache.uuid, *image.geometry())
+        .map_err(|err| Error::io("identify", image.path(), &err))?;
+    Ok(LiveIdentity { boot_id: surroundings.boot_id.unwrap_or(here.boot_id), ..here })
 }
 
 /// Joins the users of an image, or becomes the first one. Busy is what others may end; then, and
 /// after any other error, the image is not in use by this open.
-fn join_live(image: &Image, patience: Patience) -> Result<LiveFile> {
-    let joined = join_live_locked(image, patience);
+fn join_live(core: &Core, patience: Patience) -> Result<LiveFile> {
+    let joined = join_live_locked(&core.image, &core.surroundings, patience);
     if joined.is_err() {
         // Nobody may find the image in use by one who does not use it.
-        image.unlock_use();
+        core.image.unlock_use();
     }
     joined
 }
 
-fn join_live_locked(image: &Image, patience: Patience) -> Result<LiveFile> {
+fn join_live_locked(
+    image: &Image,
+    surroundings: &Surroundings,
+    patience: Patience,
+) -> Result<LiveFile> {
     let busy = |what: &str| Error::new(ErrorKind::Busy, what).on(image.path());
     let Some(_lock) = image.lock_join(patience.join)? else {
         return Err(busy("another process has been opening the image for too long"));
     };
-    let identity = identity(image)?;
+    let identity = identity(image, surroundings)?;
     let mut alone = image.lock_use(Use::Alone, Duration::ZERO)?;
     let found = find_live(image, &identity, true)?.filter(|live| !(alone && live.has_failed()));
     if found.is_none() && !alone {

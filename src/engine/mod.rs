@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Result;
 use crate::format::{ByteRange, Header};
-use crate::image::{self, BaseState, Image};
+use crate::image::{self, BaseState, Image, Observer};
 use crate::live::slot::Counters;
 
 use self::core::Core;
@@ -45,22 +45,35 @@ pub use plan::{Fetch, Part, Plan, Presence, Step, Ticket};
 use pool::Pool;
 use populate::Populator;
 pub use reader::{Base, Reader, WAIT_LIMIT};
-pub use status::{COUNTERS, CheckReport, ImageState, ProcessStats, Status, check};
+pub use status::{COUNTERS, CheckReport, ImageState, ProcessStats, Status, check, check_observed};
 pub use verify::Check;
 use wait::Waiter;
 
 /// How to open an engine.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Store what is fetched from the base.
     pub populate: bool,
     /// Bytes fetched and not stored yet that may wait in memory; more is not stored.
     pub queue_bytes: u64,
+    /// For tests alone.
+    #[doc(hidden)]
+    pub surroundings: Surroundings,
+}
+
+/// What a test may put in place of the machine around an engine.
+#[doc(hidden)]
+#[derive(Clone, Debug, Default)]
+pub struct Surroundings {
+    /// Hears of every change to the image file, and may refuse it.
+    pub observer: Option<Arc<dyn Observer>>,
+    /// The boot that the machine is said to be in, instead of the kernel's own boot id.
+    pub boot_id: Option<[u8; 16]>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { populate: true, queue_bytes: 64 << 20 }
+        Options { populate: true, queue_bytes: 64 << 20, surroundings: Surroundings::default() }
     }
 }
 

@@ -4,13 +4,14 @@
 //! Used by the command line.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::join;
 use super::populate::is_used_up;
+use super::{Surroundings, join};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, SUBCLUSTERS, SubclusterBits};
-use crate::image::{self, Access, BaseState, Image, Scan, Use};
+use crate::image::{self, Access, BaseState, Image, Observer, Scan, Use};
 use crate::live::LiveFile;
 use crate::live::slot::{Counters, SLOTS, is_held};
 
@@ -206,7 +207,7 @@ fn values(counters: &Counters) -> [u64; COUNTERS.len()] {
 
 /// The live state of an image, if there is a current one.
 fn open_live(image: &Image) -> Result<Option<LiveFile>> {
-    let live = join::find_live(image, &join::identity(image)?, false)?;
+    let live = join::find_live(image, &join::identity(image, &Surroundings::default())?, false)?;
     Ok(live.filter(|live| !live.has_failed()))
 }
 
@@ -224,9 +225,21 @@ pub struct CheckReport {
 /// Checks all tables of an image and all cached data, and puts them right where `repair` says so;
 /// that only where nobody uses it. `progress` hears of bytes of cached data done and in all.
 pub fn check(path: &Path, repair: bool, progress: impl FnMut(u64, u64)) -> Result<CheckReport> {
-    let image = match Image::open(path, Access::ReadWrite) {
+    check_observed(path, repair, None, progress)
+}
+
+/// The same, with somebody who hears of every change to the file.
+#[doc(hidden)]
+pub fn check_observed(
+    path: &Path,
+    repair: bool,
+    observer: Option<Arc<dyn Observer>>,
+    progress: impl FnMut(u64, u64),
+) -> Result<CheckReport> {
+    let open = |access| Image::open_observed(path, access, observer.clone());
+    let image = match open(Access::ReadWrite) {
         Err(err) if !repair && err.kind() == ErrorKind::Io => {
-            Image::open(path, Access::ReadOnly).map(|image| (image, false))
+            open(Access::ReadOnly).map(|image| (image, false))
         }
         opened => opened.map(|image| (image, true)),
     };

@@ -145,7 +145,7 @@ fn core_that_cannot_write(path: &Path, live_path: &Path) -> Core {
     let slot = SlotGuard::acquire(&live).unwrap();
     live.space().restore(image.layout().data, image.layout().end, 0, 0);
     live.ensure(0).unwrap();
-    let core = Core::new(image, true);
+    let core = Core::new(image, &Options::default());
     core.use_live(live, Some(slot));
     core
 }

@@ -3,13 +3,14 @@
 //!
 //! Used by the command line.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
+use super::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BaseIdentity, CacheExtension, Geometry, HEADER_MAX, Header, Layout};
 
@@ -71,7 +72,8 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
         // The name that the user gave tells him more than ours.
         .map_err(|err| Error::io("create", path, &err))
         .and_then(|file| {
-            write_tables(&file, &header, &layout).map_err(|err| Error::io("write", path, &err))
+            write_tables(&Disk::new(file, None), &header, &layout)
+                .map_err(|err| Error::io("write", path, &err))
         })
         .and_then(|()| rename(&made_at, path, options.force));
     if made.is_err() {
@@ -91,22 +93,22 @@ fn metadata_bytes(layout: &Layout) -> u64 {
         .sum()
 }
 
-fn write_tables(file: &File, header: &Header, layout: &Layout) -> std::io::Result<()> {
-    file.set_len(layout.offset(layout.data).0)?;
-    set_final_length(file, layout)?;
-    file.write_all_at(&header.encode(), 0)?;
-    file.write_all_at(&layout.encode_refcount_table(), layout.refcount_table_offset().0)?;
+fn write_tables(disk: &Disk, header: &Header, layout: &Layout) -> std::io::Result<()> {
+    disk.set_len(layout.offset(layout.data).0)?;
+    set_final_length(disk, layout)?;
+    disk.write_all_at(&header.encode(), 0)?;
+    disk.write_all_at(&layout.encode_refcount_table(), layout.refcount_table_offset().0)?;
     let refcounts = 1u16.to_be_bytes().repeat(layout.checksums as usize);
-    file.write_all_at(&refcounts, layout.refcount_offset(0).0)?;
-    file.write_all_at(&layout.encode_l1_table(), layout.offset(layout.l1_table).0)?;
+    disk.write_all_at(&refcounts, layout.refcount_offset(0).0)?;
+    disk.write_all_at(&layout.encode_l1_table(), layout.offset(layout.l1_table).0)?;
     // A power cut must not leave a name without its contents behind.
-    file.sync_all()
+    disk.sync_all()
 }
 
 /// Gives a file the length that it can ever have, in holes. A QEMU without the library that has the
 /// image open takes what it sees later beyond the length it saw first for zeros.
-pub(super) fn set_final_length(file: &File, layout: &Layout) -> std::io::Result<()> {
-    match file.set_len(layout.offset(layout.end).0) {
+pub(super) fn set_final_length(disk: &Disk, layout: &Layout) -> std::io::Result<()> {
+    match disk.set_len(layout.offset(layout.end).0) {
         // More than the filesystem allows to one file: its tables fit, and most data may.
         Err(err) if err.raw_os_error() == Some(libc::EFBIG) => Ok(()),
         result => result,

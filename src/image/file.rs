@@ -25,13 +25,15 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use xattr::FileExt as _;
 
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::create::set_final_length;
+use super::disk::{Disk, Observer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Checksum, Geometry, HEADER_MAX, Header, HostOffset, L2Entry, Layout};
 use crate::lock::{LockKind, is_held_against, lock_within, try_lock};
@@ -69,7 +71,7 @@ pub enum Use {
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
-    file: File,
+    disk: Disk,
     header: Header,
     layout: Layout,
 }
@@ -77,6 +79,16 @@ pub struct Image {
 impl Image {
     /// Opens and validates an image and takes the locks that keep writers other than vmcache out.
     pub fn open(path: &Path, access: Access) -> Result<Self> {
+        Self::open_observed(path, access, None)
+    }
+
+    /// The same, with somebody who hears of every change that this open makes to the file.
+    #[doc(hidden)]
+    pub fn open_observed(
+        path: &Path,
+        access: Access,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Self> {
         // The real name, so that one image has one live file whatever symlink leads to it.
         let path = path.canonicalize().map_err(|err| Error::io("open", path, &err))?;
         let file = OpenOptions::new()
@@ -95,7 +107,7 @@ impl Image {
         file.read_exact_at(&mut bytes, 0).map_err(|err| Error::io("read", &path, &err))?;
         let header = Header::decode(&bytes, meta.len()).map_err(|err| err.on(&path))?;
         let layout = Layout::new(&header.geometry);
-        Ok(Image { path, file, header, layout })
+        Ok(Image { path, disk: Disk::new(file, observer), header, layout })
     }
 
     /// The image file's real name.
@@ -113,7 +125,7 @@ impl Image {
     /// Where a live state of this image may be: under this name, or under another name of the same
     /// file (a hard link), as whoever made it has noted.
     pub fn live_paths(&self) -> Vec<PathBuf> {
-        let noted = self.file.get_xattr(LIVE_PATH).ok().flatten();
+        let noted = self.file().get_xattr(LIVE_PATH).ok().flatten();
         let noted = noted.map(|name| PathBuf::from(OsString::from_vec(name)));
         let own = self.live_path();
         let other = noted.filter(|path| *path != own && path.is_absolute());
@@ -123,7 +135,7 @@ impl Image {
     /// Notes on the file itself that its live state is under this name.
     pub fn note_live_path(&self) {
         let name = self.live_path().into_os_string().into_vec();
-        if let Err(err) = self.file.set_xattr(LIVE_PATH, &name) {
+        if let Err(err) = self.file().set_xattr(LIVE_PATH, &name) {
             // Then other names of the file do not lead to it, and their users pass through.
             log::debug!("could not note the live file on '{}': {err}", self.path.display());
         }
@@ -131,7 +143,7 @@ impl Image {
 
     /// The open file.
     pub fn file(&self) -> &File {
-        &self.file
+        self.disk.file()
     }
 
     /// The header, as it was when the image was opened.
@@ -164,12 +176,12 @@ impl Image {
 
     /// Bytes that the file occupies on its filesystem.
     pub fn occupied(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.blocks() * 512)
+        Ok(self.file().metadata()?.blocks() * 512)
     }
 
     /// The unit in which the filesystem allocates, at least 4 KiB.
     pub fn allocation_unit(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.blksize().clamp(4096, 65536))
+        Ok(self.file().metadata()?.blksize().clamp(4096, 65536))
     }
 
     /// The number of checkpoints that the header on disk shows now.
@@ -182,12 +194,12 @@ impl Image {
     /// Whether the file is on a filesystem that other machines may write to, where neither the
     /// locks nor shared memory can be relied upon.
     pub fn is_remote(&self) -> bool {
-        is_remote(&self.file)
+        is_remote(self.file())
     }
 
     /// Reads `buf.len()` bytes; a shorter file is an error.
     pub fn read(&self, buf: &mut [u8], at: HostOffset) -> Result<()> {
-        self.file.read_exact_at(buf, at.0).map_err(|err| {
+        self.file().read_exact_at(buf, at.0).map_err(|err| {
             Error::io(&format!("read {} bytes at {:#x} of", buf.len(), at.0), &self.path, &err)
         })
     }
@@ -196,7 +208,7 @@ impl Image {
     pub fn read_or_zero(&self, buf: &mut [u8], at: HostOffset) -> Result<()> {
         let mut done = 0;
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match self.file.read_at(rest, at.0 + done as u64) {
+            match self.file().read_at(rest, at.0 + done as u64) {
                 Ok(0) => {
                     rest.fill(0);
                     return Ok(());
@@ -214,27 +226,22 @@ impl Image {
 
     /// Writes bytes of data or tables.
     pub fn write(&self, buf: &[u8], at: HostOffset) -> Result<()> {
-        self.file.write_all_at(buf, at.0).map_err(|err| {
+        self.disk.write_all_at(buf, at.0).map_err(|err| {
             Error::io(&format!("write {} bytes at {:#x} of", buf.len(), at.0), &self.path, &err)
         })
     }
 
     /// Waits until everything written is on the disk.
     pub fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(|err| Error::io("sync", &self.path, &err))
+        self.disk.sync_data().map_err(|err| Error::io("sync", &self.path, &err))
     }
 
     /// Makes sure that writing to a range of the tables cannot fail for want of space.
     pub fn allocate(&self, at: HostOffset, len: u64) -> Result<()> {
-        match fallocate(
-            &self.file,
-            FallocateFlags::FALLOC_FL_KEEP_SIZE,
-            at.0 as libc::off_t,
-            len as libc::off_t,
-        ) {
+        match self.disk.allocate(at.0, len) {
             // A filesystem that cannot promise has to be tried.
-            Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => Ok(()),
-            Err(errno) => Err(Error::io("allocate tables in", &self.path, &errno.into())),
+            Err(err) if err.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+            result => result.map_err(|err| Error::io("allocate tables in", &self.path, &err)),
         }
     }
 
@@ -242,14 +249,13 @@ impl Image {
     /// where it can do that. All in clusters. The file gets, or keeps, its final length.
     pub fn discard(&self, runs: impl Iterator<Item = Range<u64>>, end: u64) -> Result<()> {
         let failed = |err: io::Error| Error::io("discard clusters of", &self.path, &err);
-        set_final_length(&self.file, &self.layout).map_err(failed)?;
+        set_final_length(&self.disk, &self.layout).map_err(failed)?;
         let runs = runs.chain(std::iter::once(end..self.layout.end).filter(|run| !run.is_empty()));
         for run in runs {
             let (from, to) = (self.layout.offset(run.start).0, self.layout.offset(run.end).0);
-            let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            match fallocate(&self.file, how, from as libc::off_t, (to - from) as libc::off_t) {
-                Err(nix::errno::Errno::EOPNOTSUPP) => break,
-                result => result.map_err(|errno| failed(errno.into()))?,
+            match self.disk.discard(from, to - from) {
+                Err(err) if err.raw_os_error() == Some(libc::EOPNOTSUPP) => break,
+                result => result.map_err(failed)?,
             }
         }
         Ok(())
@@ -313,25 +319,25 @@ impl Image {
             Use::Shared => LockKind::Shared,
             Use::Alone => LockKind::Exclusive,
         };
-        lock_within(&self.file, USE_BYTE, kind, patience).map_err(|err| self.lock_error(&err))
+        lock_within(self.file(), USE_BYTE, kind, patience).map_err(|err| self.lock_error(&err))
     }
 
     /// The end of [`Image::lock_use`].
     pub fn unlock_use(&self) {
-        if let Err(err) = try_lock(&self.file, USE_BYTE, LockKind::Unlocked) {
+        if let Err(err) = try_lock(self.file(), USE_BYTE, LockKind::Unlocked) {
             log::warn!("could not unlock byte {USE_BYTE} of the image: {err}");
         }
     }
 
     /// Whether any process uses the live state; for processes that do not.
     pub fn is_used(&self) -> Result<bool> {
-        is_held_against(&self.file, USE_BYTE, LockKind::Exclusive)
+        is_held_against(self.file(), USE_BYTE, LockKind::Exclusive)
             .map_err(|err| self.lock_error(&err))
     }
 
     /// Whether anybody else, a stock QEMU included, has the file open to read it.
     pub fn is_read_by_others(&self) -> Result<bool> {
-        is_held_against(&self.file, QEMU_PERM_BASE + PERM_CONSISTENT_READ, LockKind::Exclusive)
+        is_held_against(self.file(), QEMU_PERM_BASE + PERM_CONSISTENT_READ, LockKind::Exclusive)
             .map_err(|err| self.lock_error(&err))
     }
 
@@ -346,8 +352,8 @@ impl Image {
     }
 
     fn lock_byte(&self, byte: u64, patience: Duration) -> Result<Option<ByteLock<'_>>> {
-        lock_within(&self.file, byte, LockKind::Exclusive, patience)
-            .map(|locked| locked.then_some(ByteLock { file: &self.file, byte }))
+        lock_within(self.file(), byte, LockKind::Exclusive, patience)
+            .map(|locked| locked.then_some(ByteLock { file: self.file(), byte }))
             .map_err(|err| self.lock_error(&err))
     }
 

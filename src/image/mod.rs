@@ -8,12 +8,14 @@
 //! Used by `engine` and the command line; uses `format`, `lock` and `error`.
 
 mod create;
+mod disk;
 mod file;
 mod identity;
 mod repair;
 mod scan;
 
 pub use create::{CreateOptions, create};
+pub use disk::{Observer, Operation};
 pub use file::{Access, Image, Use, decode_checksums};
 pub use identity::{BaseFile, BaseState, sample_base};
 pub use repair::{discard_unused, free_leaks, repair};
