@@ -144,3 +144,6 @@ impl Disk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -528,3 +528,45 @@ fn header_with_a_byte_changed_is_opened_or_refused_but_never_misread() {
     }
     fixture.assert_sound();
 }
+
+/// Refuses everything after so many operations.
+#[derive(Debug)]
+struct CutOff(std::sync::atomic::AtomicUsize);
+
+impl Observer for CutOff {
+    fn before(&self, _: Operation<'_>) -> std::io::Result<usize> {
+        let order = std::sync::atomic::Ordering::Relaxed;
+        let left = self.0.fetch_update(order, order, |left| left.checked_sub(1));
+        left.map(|_| usize::MAX).map_err(|_| std::io::Error::from_raw_os_error(libc::EIO))
+    }
+
+    fn after(&self, _: Operation<'_>) {}
+}
+
+/// Two clusters with one place, and a repair that is cut off: what it leaves does not pass for sound.
+fn repair_cut_off_after(operations: usize) {
+    let fixture = Fixture::new(64 * KIB, MIB);
+    fixture.store(0..4, 0);
+    let image = fixture.open();
+    fixture.overwrite(
+        2,
+        L2Entry {
+            host: Some(image.layout().offset(image.layout().data)),
+            bits: SubclusterBits::new(u32::MAX, 0),
+        },
+    );
+    let scan = fixture.scan();
+    let observer = Some(std::sync::Arc::new(CutOff(operations.into())) as _);
+    let cut = Image::open_observed(&fixture.path(), Access::ReadWrite, observer).unwrap();
+    let _ = repair(&cut, &scan);
+    // What was not dropped yet has the wrong checksums.
+    let left = fixture.scan();
+    assert!(left.errors() != 0 || !left.entries.contains_key(&2), "after {operations}: {left:?}");
+    fixture.repair();
+    fixture.assert_sound();
+}
+
+#[test]
+fn repair_that_is_cut_off_leaves_no_image_that_looks_sound() {
+    (0..12).for_each(repair_cut_off_after);
+}
