@@ -26,11 +26,14 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    pub fn start(core: Arc<Core>) -> Self {
+    /// Looks at the usual interval, or another one.
+    pub fn start(core: Arc<Core>, interval: Option<Duration>) -> Self {
         let stopping = Arc::new((Mutex::new(false), Condvar::new()));
         let thread = if core.populates() || core.may_join_later() {
             let stopping = Arc::clone(&stopping);
-            pool::start("vmcache-keep", STACK, move || run(&core, &stopping))
+            pool::start("vmcache-keep", STACK, move || {
+                run(&core, &stopping, interval.unwrap_or(INTERVAL));
+            })
         } else {
             None
         };
@@ -48,14 +51,14 @@ impl Keeper {
     }
 }
 
-fn run(core: &Core, (stopping, wake): &(Mutex<bool>, Condvar)) {
+fn run(core: &Core, (stopping, wake): &(Mutex<bool>, Condvar), interval: Duration) {
     if core.live().is_some_and(LiveFile::is_checkpointing) {
         // Most likely its writer died, and leaves clusters that look leaked.
         checkpoint::write(core, Duration::ZERO);
     }
     let mut stop = stopping.lock();
     while !*stop {
-        if wake.wait_for(&mut stop, INTERVAL).timed_out() {
+        if wake.wait_for(&mut stop, interval).timed_out() {
             parking_lot::MutexGuard::unlocked(&mut stop, || {
                 if core.may_join_later() {
                     join::join_late(core);

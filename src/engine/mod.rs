@@ -69,6 +69,8 @@ pub struct Surroundings {
     pub observer: Option<Arc<dyn Observer>>,
     /// The boot that the machine is said to be in, instead of the kernel's own boot id.
     pub boot_id: Option<[u8; 16]>,
+    /// How often this engine looks whether a checkpoint is due.
+    pub checkpoint_interval: Option<Duration>,
 }
 
 impl Default for Options {
@@ -96,7 +98,7 @@ impl Engine {
             pool: Pool::default(),
             populator: Populator::new(Arc::clone(&core), options.queue_bytes),
             waiter: Waiter::new(Arc::clone(&core)),
-            keeper: Keeper::start(Arc::clone(&core)),
+            keeper: Keeper::start(Arc::clone(&core), options.surroundings.checkpoint_interval),
             core,
         })
     }

@@ -1,9 +1,10 @@
 //! One cache image on disk: creating it, opening and locking it, reading all its tables, and the
 //! few writes that ever happen to it.
 //!
-//! What this module assumes of the disk: a write of less than 512 bytes within a sector is done
-//! whole or not at all; writes before an `fdatasync` are on the disk when it returns without error,
-//! and in any order, in part or not at all when the power goes before it.
+//! What this module assumes of the disk: a write is torn only between sectors of 512 bytes; what was
+//! done before an `fdatasync` is on the disk when that returns without error; of what was done since,
+//! discards included, any part is there when the power goes, in any order. `tests/engine/crash.rs`
+//! builds all that may come of it.
 //!
 //! Used by `engine` and the command line; uses `format`, `lock` and `error`.
 

@@ -4,6 +4,7 @@
 //! Needs `qemu-img` and `qemu-io`. Tests that depend on chance print their seed when they fail.
 
 mod child;
+mod crash;
 mod fixture;
 mod foreign;
 mod processes;
