@@ -140,8 +140,7 @@ impl Core {
     /// Whether the holder of a claim is still there.
     pub fn is_alive(&self, owner: Owner) -> bool {
         let Some(live) = self.live.get() else { return false };
-        let same = Owner::new(owner.slot(), live.slot(owner.slot()).generation()) == owner;
-        same && self.is_slot_held(owner.slot())
+        live.slot(owner.slot()).is_alive(owner, || self.is_slot_held(owner.slot()))
     }
 
     /// Whether a slot has a holder.

@@ -200,10 +200,8 @@ impl Shared {
         if !late && !dead {
             return false;
         }
-        // All its claims break at the next look, not each after a wait of its own.
-        live.slot(wait.owner.slot()).set_stalled(wait.owner);
         log::debug!("{:?} is dead or late with {}/{}", wait.owner, wait.cluster, wait.subcluster);
-        if claim.break_claim(held) {
+        if live.slot(wait.owner.slot()).give_up_on(claim, held) {
             live.event().ring();
         }
         true

@@ -29,7 +29,7 @@ use crate::format::{Geometry, SUBCLUSTERS};
 
 const MAGIC: [u8; 8] = *b"vmclive\n";
 /// Changes whenever anything about the live file's contents or protocols does.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const IDENTITY_BYTES: usize = 80;
 
 /// What a live file belongs to: one boot of one kernel, one image file. A live file that names

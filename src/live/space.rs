@@ -12,12 +12,28 @@
 //!
 //! `used` is an upper bound of what the image file occupies: bytes are added before they are
 //! written and put right from the file's block count by [`Space::settle`], at checkpoints and when
-//! the quota seems reached. `Relaxed` throughout: the words order nothing but themselves.
+//! the quota seems reached. The word also counts its own changes, so that settling sees whether
+//! anything was taken since it began, even where others settled in between and the sum is the same
+//! again.
+//!
+//! Order: taking bytes releases and settling acquires, so whoever settles an account that has some
+//! bytes in it also sees that they were announced (see `slot`). All else is `Relaxed`.
+//!
+//! Model-checked in `tests/loom.rs`.
 
 use super::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// Entries of the free list.
 pub const FREE_LIST: usize = 4096;
+
+/// Bits of `used` that are bytes, enough for 256 TiB; those above count the changes.
+const BYTES: u64 = (1 << 48) - 1;
+const CHANGE: u64 = BYTES + 1;
+
+/// What `used` becomes when it changes to another number of bytes.
+fn changed(word: u64, bytes: u64) -> u64 {
+    (word & !BYTES).wrapping_add(CHANGE) | bytes.min(BYTES)
+}
 
 /// Allocation and quota.
 #[derive(Debug, Default)]
@@ -25,6 +41,7 @@ pub const FREE_LIST: usize = 4096;
 pub struct Space {
     next: AtomicU64,
     end: AtomicU64,
+    /// Bytes, and a count of changes: see [`changed`].
     used: AtomicU64,
     full: AtomicU32,
     free_taken: AtomicU32,
@@ -38,7 +55,7 @@ impl Space {
     pub fn restore(&self, next: u64, end: u64, used: u64, free_len: usize) {
         self.next.store(next, Ordering::Relaxed);
         self.end.store(end, Ordering::Relaxed);
-        self.used.store(used, Ordering::Relaxed);
+        self.used.store(used.min(BYTES), Ordering::Relaxed);
         self.full.store(0, Ordering::Relaxed);
         self.free_taken.store(0, Ordering::Relaxed);
         self.free_len.store(free_len.min(FREE_LIST) as u32, Ordering::Relaxed);
@@ -69,11 +86,11 @@ impl Space {
     pub fn reserve(&self, overhead: u64, bytes: u64, unit: u64, limit: u64) -> Option<u64> {
         let mut got = 0;
         self.used
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-                let left = limit.checked_sub(used)?.checked_sub(overhead)?;
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                let left = limit.min(BYTES).checked_sub(word & BYTES)?.checked_sub(overhead)?;
                 let whole = bytes.min(left / unit * unit);
                 got = overhead + whole;
-                (whole > 0).then_some(used + got)
+                (whole > 0).then(|| changed(word, (word & BYTES) + got))
             })
             .ok()
             .map(|_| got)
@@ -81,21 +98,29 @@ impl Space {
 
     /// Gives bytes back that were reserved and not needed.
     pub fn give_back(&self, bytes: u64) {
-        self.used.fetch_sub(bytes, Ordering::Relaxed);
+        // It never fails: the change is always one.
+        let _ = self.used.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+            Some(changed(word, (word & BYTES).saturating_sub(bytes)))
+        });
     }
 
     /// Upper bound of the bytes that the file occupies.
     pub fn used(&self) -> u64 {
-        self.used.load(Ordering::Relaxed)
+        self.used.load(Ordering::Relaxed) & BYTES
     }
 
     /// Puts the bound right: `measure` says what the file and all writes under way can occupy.
     /// Nothing changes where somebody reserved meanwhile.
     pub fn settle(&self, measure: impl FnOnce() -> Option<u64>) {
-        let before = self.used();
+        let before = self.used.load(Ordering::Acquire);
         if let Some(measured) = measure() {
-            let _ =
-                self.used.compare_exchange(before, measured, Ordering::Relaxed, Ordering::Relaxed);
+            // Where this fails the account is left too high, for the next one to settle.
+            let _ = self.used.compare_exchange(
+                before,
+                changed(before, measured),
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            );
         }
     }
 
