@@ -7,16 +7,15 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use rand::{RngCore, SeedableRng, rngs::SmallRng};
-use vmcache::engine::{Engine, Options, Reader};
-use vmcache::format::{BaseIdentity, Geometry};
-use vmcache::image::{CreateOptions, create};
+
+mod common;
+
+use common::{make_base, make_warm_cache, median, spread};
 
 const IMAGE: u64 = 512 << 20;
 const DEPTHS: [u32; 3] = [1, 16, 64];
@@ -98,15 +97,7 @@ fn prepare(directory: &Path, settings: &Settings) -> Result<Vec<Candidate>> {
     let raw = directory.join("base.raw");
     let qcow2 = directory.join("base.qcow2");
     let cache = directory.join("cache.qcow2");
-    let mut random = SmallRng::seed_from_u64(1);
-    let mut data = vec![0; 1 << 20];
-    let mut file = File::create(&raw)?;
-    for _ in 0..IMAGE >> 20 {
-        random.fill_bytes(&mut data);
-        file.write_all(&data)?;
-    }
-    // Nothing is to be written back while it is measured.
-    file.sync_all()?;
+    make_base(&raw, IMAGE)?;
     let convert = Command::new(&settings.qemu_img)
         .args(["convert", "-f", "raw", "-O", "qcow2"])
         .args([&raw, &qcow2])
@@ -114,7 +105,7 @@ fn prepare(directory: &Path, settings: &Settings) -> Result<Vec<Candidate>> {
         .with_context(|| format!("could not run {}", settings.qemu_img.display()))?;
     ensure!(convert.success(), "qemu-img convert failed");
     File::open(&qcow2)?.sync_all()?;
-    fill(&cache, &raw)?;
+    make_warm_cache(&cache, &raw, IMAGE)?;
     for path in [&raw, &qcow2, &cache] {
         std::fs::read(path)?;
     }
@@ -138,34 +129,6 @@ fn prepare(directory: &Path, settings: &Settings) -> Result<Vec<Candidate>> {
         },
         Candidate { name: "vmcache", arguments: vec!["--image-opts".into(), file], preload: true },
     ])
-}
-
-/// Makes a cache image and reads all of the base through it.
-fn fill(cache: &Path, raw: &Path) -> Result<()> {
-    create(
-        cache,
-        &CreateOptions {
-            backing_file: raw.to_str().context("the path is not text")?.to_owned(),
-            backing_format: "raw".to_owned(),
-            geometry: Geometry::with_cluster_size(128 << 10, IMAGE)?,
-            quota: None,
-            base: BaseIdentity::default(),
-            mode: 0o600,
-            force: false,
-        },
-    )?;
-    // The queue takes all of it, so that nothing is dropped.
-    let options = Options { queue_bytes: IMAGE * 2, ..Options::default() };
-    let engine = std::sync::Arc::new(Engine::open(cache, &options)?);
-    let base = File::open(raw)?;
-    let reader = Reader::new(engine, move |buf: &mut [u8], offset| {
-        std::os::unix::fs::FileExt::read_exact_at(&base, buf, offset)
-    });
-    let mut data = vec![0; 2 << 20];
-    for offset in (0..IMAGE).step_by(data.len()) {
-        reader.read(&mut data, offset)?;
-    }
-    Ok(())
 }
 
 fn run(settings: &Settings, candidate: &Candidate, depth: u32) -> Result<Duration> {
@@ -196,20 +159,6 @@ fn run(settings: &Settings, candidate: &Candidate, depth: u32) -> Result<Duratio
         .find_map(|word| word.parse().ok())
         .map(Duration::from_secs_f64)
         .with_context(|| format!("qemu-img bench printed no time: {text}"))
-}
-
-fn median(seconds: &[f64]) -> f64 {
-    let mut sorted = seconds.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
-}
-
-/// Half the distance between the fastest and the slowest, of the median, in percent.
-fn spread(seconds: &[f64]) -> f64 {
-    let (least, most) =
-        seconds.iter().fold((f64::MAX, 0f64), |(least, most), s| (least.min(*s), most.max(*s)));
-    (most - least) / 2.0 / median(seconds) * 100.0
 }
 
 fn print(settings: &Settings, candidates: &[Candidate], results: &[(u32, Vec<Vec<f64>>)]) {
