@@ -26,6 +26,7 @@ readonly -A DEPS_PACKAGES=(
     [net]="iproute2"
     [script]="python3 util-linux"
     [test]="python3 python3-libnbd nbdkit"
+    [trace]="strace"
     [lint]="shellcheck"
 )
 
