@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use super::core::Core;
 use super::populate;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{HostOffset, L2Entry};
 use crate::image::Image;
 use crate::live::{LiveFile, Slot};
@@ -106,6 +106,16 @@ struct Change {
     new_place: bool,
 }
 
+impl Change {
+    /// Whether the image may show this. Only a live file that somebody tampered with has anything
+    /// else, and writing it would reach outside the data area and its refcounts.
+    fn is_possible(&self, image: &Image) -> bool {
+        let entry = &self.entry;
+        entry.host.is_none_or(|host| image.layout().is_data_cluster(host))
+            && L2Entry::decode(entry.encode(), image.geometry()).is_ok()
+    }
+}
+
 impl<'a> Checkpoint<'a> {
     fn collect(live: &LiveFile, slot: &'a Slot) -> Self {
         let tables = Announced { slot, bytes: Cell::new(0) };
@@ -143,6 +153,11 @@ impl<'a> Checkpoint<'a> {
         let image = &core.image;
         if self.changes.is_empty() {
             return Ok(());
+        }
+        if let Some(change) = self.changes.iter().find(|change| !change.is_possible(image)) {
+            let what = format!("the live file shows {:?}, which cannot be", change.entry);
+            core.fail(&what);
+            return Err(Error::new(ErrorKind::Damaged, what).on(live.path()));
         }
         let entries = self.entry_runs();
         let refcounts = self.refcount_runs(image);

@@ -285,10 +285,9 @@ impl Store<'_> {
         if !layout.is_data_cluster(host) {
             return Err(no_place());
         }
-        entry.place(host).map(|()| host).or_else(|other| {
-            self.core.spare.lock().push(number);
-            Ok(other)
-        })
+        let Err(other) = entry.place(host) else { return Ok(host) };
+        self.core.spare.lock().push(number);
+        if layout.is_data_cluster(other) { Ok(other) } else { Err(no_place()) }
     }
 
     /// Takes the bytes of subclusters out of the quota. Gives those that fit, and what was taken;

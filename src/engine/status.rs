@@ -178,7 +178,7 @@ impl Status {
             }
             let counters = values(&slot.counters);
             for (total, value) in self.totals.iter_mut().zip(counters) {
-                *total += value;
+                *total = total.saturating_add(value);
             }
             if is_held(live.file(), index) {
                 self.processes.push(ProcessStats { pid: slot.pid(), counters });

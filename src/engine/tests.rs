@@ -1,18 +1,20 @@
 //! What cannot be seen from outside: checkpoints that are cut off or fail, the account of the
 //! quota, the pool's threads. The rest is in `tests/engine`.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use tempfile::TempDir;
 
 use super::core::Core;
 use super::plan::{Fetch, Step};
 use super::pool::Pool;
-use super::{Engine, Options, Reader, Status, checkpoint, join, populate};
+use super::{Engine, Options, Reader, Status, Surroundings, checkpoint, join, populate};
 use crate::format::{BaseIdentity, ByteRange, Geometry, HostOffset, L2Entry, SubclusterBits};
 use crate::image::{Access, CreateOptions, Image, Scan, create};
 use crate::live::{LiveFile, LiveIdentity, SlotGuard};
@@ -308,6 +310,52 @@ fn place_out_of_range_in_the_map_is_read_from_the_base() {
     let shown = engine.status_of(ByteRange { start: 64 * KIB, len: 512 });
     assert!(matches!(plan[0].step, Step::Base));
     assert_eq!(shown.0, super::Presence::Absent);
+}
+
+/// What a checkpoint leaves of an image whose live file shows an entry that cannot be.
+fn is_refused_by_the_checkpoint(entry: L2Entry) {
+    let (_dir, path) = new_image(None);
+    let engine = filled(&path, 64 * KIB);
+    let live = engine.core.live().unwrap();
+    live.entry(1).unwrap().restore(entry, entry.bits);
+    live.entry(1).unwrap().set_on_disk(SubclusterBits::default());
+    live.mark_dirty(1);
+    let before = fs::read(&path).unwrap();
+    engine.close();
+    assert!(fs::read(&path).unwrap() == before, "the checkpoint wrote to the image");
+    assert!(live.has_failed());
+}
+
+#[test]
+fn place_beyond_the_file_in_the_map_does_not_reach_the_disk() {
+    let bits = SubclusterBits::new(1, 0);
+    is_refused_by_the_checkpoint(L2Entry { host: Some(HostOffset(1 << 40)), bits });
+}
+
+#[test]
+fn place_among_the_tables_in_the_map_does_not_reach_the_disk() {
+    let bits = SubclusterBits::new(1, 0);
+    is_refused_by_the_checkpoint(L2Entry { host: Some(HostOffset(64 * KIB)), bits });
+}
+
+#[test]
+fn subcluster_that_is_two_things_in_the_map_does_not_reach_the_disk() {
+    is_refused_by_the_checkpoint(L2Entry { host: None, bits: SubclusterBits::new(1, 1) });
+}
+
+#[test]
+fn live_file_without_the_blocks_it_speaks_of_is_not_joined() {
+    let (_dir, path) = new_image(None);
+    drop(filled(&path, 64 * KIB));
+    let image = Image::open(&path, Access::ReadWrite).unwrap();
+    let identity = join::identity(&image, &Surroundings::default()).unwrap();
+    let live = fs::OpenOptions::new().write(true).open(image.live_path()).unwrap();
+    let (groups, end) = (8 * 20 * KIB as i64, live.metadata().unwrap().len() as i64);
+    let sound = join::find_live(&image, &identity, true).unwrap();
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&live, how, end - groups, groups).unwrap();
+    let hollow = join::find_live(&image, &identity, true).unwrap();
+    assert!(sound.is_some() && hollow.is_none());
 }
 
 #[test]

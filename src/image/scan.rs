@@ -110,15 +110,15 @@ impl Scan {
 
     /// Clusters of the file below [`Scan::end`] that nothing uses.
     pub fn free_clusters(&self, image: &Image) -> impl Iterator<Item = u64> {
-        let used = self.used(image);
-        (image.layout().data..self.end).filter(move |cluster| !used.contains(*cluster))
+        self.free_runs(image).flatten()
     }
 
     /// The same in runs.
     pub fn free_runs(&self, image: &Image) -> impl Iterator<Item = Range<u64>> {
-        let mut runs = Vec::new();
-        self.free_clusters(image).for_each(|cluster| push_run(&mut runs, cluster));
-        runs.into_iter()
+        let mut from = image.layout().data;
+        let used = self.used(image).into_iter().chain([self.end]);
+        used.map(move |cluster| std::mem::replace(&mut from, cluster + 1)..cluster)
+            .filter(|run| !run.is_empty())
     }
 
     /// Number of clusters in [`Scan::leaks`].
@@ -133,12 +133,12 @@ impl Scan {
         }
     }
 
-    fn used(&self, image: &Image) -> ClusterSet {
+    /// The clusters of the file that entries refer to, in order, each once.
+    fn used(&self, image: &Image) -> Vec<u64> {
         let cluster_bits = image.geometry().cluster_bits();
-        let mut used = ClusterSet::new(image.layout().data, self.end);
-        for host in self.entries.values().filter_map(|entry| entry.host) {
-            used.insert(host.0 >> cluster_bits);
-        }
+        let hosts = self.entries.values().filter_map(|entry| entry.host);
+        let mut used: Vec<u64> = hosts.map(|host| host.0 >> cluster_bits).collect();
+        used.sort_unstable();
         used
     }
 
@@ -265,7 +265,7 @@ impl Scan {
             let first = (piece.start - area.start) / 2;
             for (cluster, bytes) in (first..).zip(bytes.as_chunks::<2>().0) {
                 let refcount = u16::from_be_bytes(*bytes);
-                let expected = cluster < layout.checksums || used.contains(cluster);
+                let expected = cluster < layout.checksums || used.binary_search(&cluster).is_ok();
                 match (refcount, expected) {
                     (0, false) => {}
                     (1, true) => seen_used += 1,
@@ -274,7 +274,7 @@ impl Scan {
                 }
             }
         }
-        let missing = layout.checksums + used.len() - seen_used - wrong.len() as u64;
+        let missing = layout.checksums + used.len() as u64 - seen_used - wrong.len() as u64;
         for (cluster, refcount) in &wrong {
             self.damage(format!("cluster {cluster} of the file has refcount {refcount}, not 1"));
         }
@@ -282,44 +282,6 @@ impl Scan {
             self.damage(format!("{missing} clusters in use have refcount 0"));
         }
         Ok(())
-    }
-}
-
-/// A set of cluster numbers in a range, one bit each.
-struct ClusterSet {
-    first: u64,
-    words: Vec<u64>,
-    len: u64,
-}
-
-impl ClusterSet {
-    fn new(first: u64, end: u64) -> Self {
-        let words = vec![0; end.saturating_sub(first).div_ceil(64) as usize];
-        ClusterSet { first, words, len: 0 }
-    }
-
-    fn place(&self, cluster: u64) -> Option<(usize, u64)> {
-        let index = cluster.checked_sub(self.first)?;
-        Some(((index / 64) as usize, 1 << (index % 64)))
-    }
-
-    fn insert(&mut self, cluster: u64) {
-        if let Some((index, bit)) = self.place(cluster)
-            && let Some(word) = self.words.get_mut(index)
-        {
-            self.len += u64::from(*word & bit == 0);
-            *word |= bit;
-        }
-    }
-
-    fn contains(&self, cluster: u64) -> bool {
-        self.place(cluster)
-            .and_then(|(index, bit)| Some(self.words.get(index)? & bit != 0))
-            .unwrap_or(false)
-    }
-
-    fn len(&self) -> u64 {
-        self.len
     }
 }
 

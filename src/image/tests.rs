@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -485,6 +486,37 @@ fn free_clusters_are_those_between_used_ones() {
     let data = image.layout().data;
     assert_eq!(scan.free_clusters(&image).collect::<Vec<_>>(), [data, data + 3]);
     assert_eq!(scan.end, data + 5);
+}
+
+#[test]
+fn place_at_the_end_of_a_huge_disk_takes_no_time_to_look_at() {
+    let dir = tempfile::tempdir().unwrap();
+    let geometry = Geometry::with_cluster_size(16 * KIB, 15 << 40).unwrap();
+    let base = BaseIdentity::default();
+    let (backing_file, backing_format) = ("base.raw".into(), "raw".into());
+    let options = CreateOptions {
+        backing_file,
+        backing_format,
+        geometry,
+        quota: None,
+        base,
+        mode: 0o600,
+        force: false,
+    };
+    create(&dir.path().join("cache"), &options).unwrap();
+    let image = Image::open(&dir.path().join("cache"), Access::ReadWrite).unwrap();
+    let (first, last) = (image.layout().data, image.layout().end - 1);
+    let host = image.layout().offset(last);
+    image.write(b"data", host).unwrap();
+    image.write_refcounts(last, 1, 1).unwrap();
+    let bits = SubclusterBits::new(1, 0);
+    image.write_l2_entries(7, &[L2Entry { host: Some(host), bits }]).unwrap();
+    let started = Instant::now();
+    let scan = Scan::read(&image, |_, _| {}).unwrap();
+    let free: Vec<_> = scan.free_runs(&image).collect();
+    assert_eq!((scan.damages, free.as_slice()), (0, [first..last].as_slice()));
+    assert_eq!(scan.free_clusters(&image).take(2).count(), 2);
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
 }
 
 #[test]

@@ -195,6 +195,11 @@ impl LiveFile {
         checkpoints: impl FnOnce() -> Result<u64>,
         writable: bool,
     ) -> Result<Option<Self>> {
+        let not_a_file = || Error::new(ErrorKind::Damaged, "not a regular file").on(path);
+        // The name may come from the image; opening a device can do something by itself.
+        if path.symlink_metadata().is_ok_and(|meta| !meta.is_file()) {
+            return Err(not_a_file());
+        }
         let opened = OpenOptions::new()
             .read(true)
             .write(writable)
@@ -209,7 +214,7 @@ impl LiveFile {
         let meta = file.metadata().map_err(io_error)?;
         let regions = Regions::new(&identity.geometry);
         if !meta.is_file() {
-            return Err(Error::new(ErrorKind::Damaged, "not a regular file").on(path));
+            return Err(not_a_file());
         }
         let mut found = [0; IDENTITY_BYTES];
         let read = file.read_at(&mut found, 0).map_err(io_error)?;
@@ -224,12 +229,25 @@ impl LiveFile {
             .map_err(|err| Error::io("map the live file", path, &err))?;
         let clusters = identity.geometry.clusters();
         let live = LiveFile { path: path.to_owned(), file, map, regions, clusters, made_at: None };
+        if !live.is_allocated().map_err(io_error)? {
+            return Ok(None);
+        }
         // An image of another age, copied over this one, has another number of checkpoints. In this
         // order, since a checkpoint may be written meanwhile: done <= header's <= begun.
         let done = live.shared().checkpoints_done.load(Ordering::Acquire);
         let number = checkpoints()?;
         let begun = live.shared().checkpoints_begun.load(Ordering::Acquire);
         Ok((done..=begun).contains(&number).then_some(live))
+    }
+
+    /// Whether there are blocks under the fixed part and under each group that is said to be there,
+    /// as [`LiveFile::make`] and [`LiveFile::ensure`] see to. Where there are none this is the work
+    /// of others: touching it may raise SIGBUS, and looking through it takes as long as they like.
+    fn is_allocated(&self) -> io::Result<bool> {
+        // First, since others allocate a group before they say that it is there.
+        let groups = self.groups(self.regions.present).count() as u64;
+        let least = self.regions.groups + groups * GROUP_BYTES;
+        Ok(self.file.metadata()?.blocks() * 512 >= least)
     }
 
     /// Where the file is, or would be.
