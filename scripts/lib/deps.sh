@@ -18,6 +18,8 @@ readonly DEPS_QEMU_SERIES=10.0
 # netbase: rpcbind finds its port in /etc/services.
 readonly -A DEPS_PACKAGES=(
     [build]="gcc libc6-dev pkg-config libclang-dev"
+    [fuzz]="g++ libc6-dev"
+    [valgrind]="valgrind"
     [headers]="dpkg-dev libglib2.0-dev"
     [qemu]="qemu-system-x86 qemu-utils qemu-block-extra seabios"
     [nfs]="nfs-ganesha nfs-ganesha-vfs rpcbind netbase"
