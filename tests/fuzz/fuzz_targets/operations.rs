@@ -3,7 +3,7 @@
 //! is left is a sound image.
 #![no_main]
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use nix::unistd::{ForkResult, fork, getpid};
 use vmcache::engine::check;
 use vmcache::format::{ByteRange, Geometry};
 use vmcache::image::{Access, Image, Scan};
-use vmcache_fuzz::{BaseReader, Cache, read_as_base};
+use vmcache_fuzz::{BaseReader, Cache, Template, read_as_base};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -111,7 +111,8 @@ fn perform(cache: &Cache, readers: &mut [Option<BaseReader>; OPENS], operation: 
             // Tables copied while they are written show neither one state nor the other.
             let _lock = image.lock_checkpoint(PATIENCE).unwrap().unwrap();
             let copy = cache.path.with_extension("copy");
-            fs::copy(&cache.path, &copy).unwrap();
+            // With its holes, which count for the quota.
+            Template::of(&cache.path).write(&File::create(&copy).unwrap());
             fs::rename(&copy, &cache.path).unwrap();
         }
         Operation::Check => {
