@@ -172,6 +172,10 @@ impl<'a> Checkpoint<'a> {
         }
         self.tables.end();
         let number = live.begin_checkpoint();
+        if live.has_failed() {
+            // Then what was collected above may be half of the truth.
+            return Ok(());
+        }
         sync(core)?;
         for run in &refcounts {
             image.write_refcounts(run.start, run.end - run.start, 1)?;

@@ -14,13 +14,21 @@ use super::{Options, Surroundings};
 use crate::image::Image;
 use crate::live::claim::Owner;
 use crate::live::slot::{Counters, Slot, SlotGuard};
-use crate::live::{LiveFile, slot};
+use crate::live::{LiveFile, sigbus, slot};
 
 /// How long storing pauses after it failed.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Bounds of the time that a reader waits for somebody else's fetch.
 const PATIENCE: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(200)..=Duration::from_secs(2);
+
+/// Why a live state that failed is of no use.
+fn why_failed(live: &LiveFile) -> &'static str {
+    match live.is_lost() {
+        true => "its live file was cut off or can no longer be read",
+        false => "another process found it unreliable; close all users and open it again",
+    }
+}
 
 /// An open image and its place among the others.
 #[derive(Debug)]
@@ -102,18 +110,29 @@ impl Core {
 
     /// The live state, where the cache is in use.
     pub fn active(&self) -> Option<&LiveFile> {
-        let live = self.live.get()?;
-        (!self.is_off() && !live.has_failed()).then_some(live)
+        let live = self.live()?;
+        if self.is_off() {
+            return None;
+        }
+        if live.has_failed() {
+            self.bypass(why_failed(live));
+            return None;
+        }
+        Some(live)
     }
 
     /// The live state, whether the cache is in use or not.
     pub fn live(&self) -> Option<&LiveFile> {
-        self.live.get()
+        let live = self.live.get();
+        if live.is_some() {
+            sigbus::let_through();
+        }
+        live
     }
 
     /// The name under which to claim, where storing makes sense now.
     pub fn claimant(&self) -> Option<Owner> {
-        let live = self.live.get()?;
+        let live = self.live()?;
         (self.populate && !live.space().is_full() && !self.is_paused()).then(|| self.owner())?
     }
 
@@ -124,7 +143,7 @@ impl Core {
 
     /// This open's slot.
     pub fn slot(&self) -> Option<&Slot> {
-        Some(self.live.get()?.slot(self.owner()?.slot()))
+        Some(self.live()?.slot(self.owner()?.slot()))
     }
 
     /// This open's counters.
@@ -139,13 +158,13 @@ impl Core {
 
     /// Whether the holder of a claim is still there.
     pub fn is_alive(&self, owner: Owner) -> bool {
-        let Some(live) = self.live.get() else { return false };
+        let Some(live) = self.live() else { return false };
         live.slot(owner.slot()).is_alive(owner, || self.is_slot_held(owner.slot()))
     }
 
     /// Whether a slot has a holder.
     pub fn is_slot_held(&self, index: u32) -> bool {
-        let Some(live) = self.live.get() else { return false };
+        let Some(live) = self.live() else { return false };
         // A lock does not show to the descriptor that holds it.
         self.owner().is_some_and(|me| me.slot() == index) || slot::is_held(live.file(), index)
     }
@@ -164,14 +183,19 @@ impl Core {
 
     /// Stops using the cache, for everybody.
     pub fn fail(&self, reason: &str) {
-        if let Some(live) = self.live.get() {
+        // In this order: who sees the live state failed before this line is out gives no reason.
+        self.bypass(reason);
+        if let Some(live) = self.live() {
             live.fail();
         }
-        self.bypass(reason);
     }
 
     /// Notes that storing failed: it pauses, and the first time is worth a line.
     pub fn store_failed(&self, reason: &dyn std::fmt::Display) {
+        if self.active().is_none() {
+            // No wonder, and the line for that is out.
+            return;
+        }
         self.counters().populate_errors.add(1);
         let until = self.started.elapsed() + PAUSE;
         self.paused_until.store(until.as_millis() as u64, Ordering::Relaxed);

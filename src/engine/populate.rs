@@ -238,6 +238,10 @@ impl Store<'_> {
         let Some((mask, reserved)) = self.reserve(cluster, entry, wanted)? else { return Ok(()) };
         let written = self.place(entry).and_then(|host| {
             let size = self.image.geometry().subcluster_size();
+            if self.live.has_failed() {
+                // The place may be none, or the quota may be.
+                return Err(no_place());
+            }
             for run in runs(mask) {
                 let from = (u64::from(run.start - start) * size) as usize;
                 let bytes = data.get(from..from + (run.len() as u64 * size) as usize);
@@ -347,7 +351,7 @@ impl Store<'_> {
             got = space.reserve(overhead, bytes, unit, limit);
         }
         self.slot.end_write(wanted - got.unwrap_or(0));
-        if got != Some(wanted) && !space.set_full(true) {
+        if got != Some(wanted) && !self.live.has_failed() && !space.set_full(true) {
             log::warn!(
                 "{}: the quota of {quota} bytes is reached; the rest is read from the base",
                 self.image.path().display()

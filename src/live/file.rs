@@ -21,6 +21,7 @@ use super::dirty::Marks;
 use super::event::Event;
 use super::map::MapEntry;
 use super::regions::{GROUP_BYTES, GROUP_CLUSTERS, Regions};
+use super::sigbus::Watch;
 use super::slot::{SLOTS, Slot};
 use super::space::{FREE_LIST, Space};
 use super::sync::{AtomicU32, AtomicU64, Ordering};
@@ -106,6 +107,8 @@ struct Line<T>(T);
 pub struct LiveFile {
     path: PathBuf,
     file: File,
+    /// Before the mapping: it must not outlive that.
+    watch: Watch,
     map: MmapRaw,
     regions: Regions,
     clusters: u64,
@@ -169,8 +172,9 @@ impl LiveFile {
         fallocate(&file, FallocateFlags::empty(), 0, regions.groups as libc::off_t)?;
         file.write_all_at(&identity.encode(file.metadata()?.ino()), 0)?;
         let map = MmapOptions::new().len(regions.len as usize).map_raw(&file)?;
+        let watch = Watch::new(map.as_ptr(), map.len())?;
         let clusters = identity.geometry.clusters();
-        let live = LiveFile { path: path.to_owned(), file, map, regions, clusters, made_at };
+        let live = LiveFile { path: path.to_owned(), file, watch, map, regions, clusters, made_at };
         live.shared().checkpoints_begun.store(checkpoints, Ordering::Relaxed);
         live.shared().checkpoints_done.store(checkpoints, Ordering::Relaxed);
         Ok(live)
@@ -225,10 +229,12 @@ impl LiveFile {
             return Ok(None);
         }
         let options = MmapOptions::new().len(regions.len as usize).clone();
+        let map_error = |err: io::Error| Error::io("map the live file", path, &err);
         let map = if writable { options.map_raw(&file) } else { options.map_raw_read_only(&file) }
-            .map_err(|err| Error::io("map the live file", path, &err))?;
-        let clusters = identity.geometry.clusters();
-        let live = LiveFile { path: path.to_owned(), file, map, regions, clusters, made_at: None };
+            .map_err(map_error)?;
+        let watch = Watch::new(map.as_ptr(), map.len()).map_err(map_error)?;
+        let (path, clusters) = (path.to_owned(), identity.geometry.clusters());
+        let live = LiveFile { path, file, watch, map, regions, clusters, made_at: None };
         if !live.is_allocated().map_err(io_error)? {
             return Ok(None);
         }
@@ -344,7 +350,9 @@ impl LiveFile {
         let group = cluster / GROUP_CLUSTERS;
         if cluster < self.clusters && !self.has_group(group) {
             let at = self.regions.group(group) as libc::off_t;
-            fallocate(&self.file, FallocateFlags::empty(), at, GROUP_BYTES as libc::off_t)?;
+            // A file that was cut off keeps the length that gives it away.
+            let how = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(&self.file, how, at, GROUP_BYTES as libc::off_t)?;
             let (word, bit) = self.bit(self.regions.present, group);
             word.fetch_or(bit, Ordering::Release);
         }
@@ -443,9 +451,16 @@ impl LiveFile {
         self.shared().checkpoints_done.store(number, Ordering::Release);
     }
 
-    /// Whether the image was found unreliable while in use: nobody may rely on this state.
+    /// Whether the image was found unreliable while in use, or this state is lost: nobody may rely
+    /// on it, nor on anything taken from it before.
     pub fn has_failed(&self) -> bool {
-        self.shared().failed.load(Ordering::Acquire) != 0
+        self.shared().failed.load(Ordering::Acquire) != 0 || self.is_lost()
+    }
+
+    /// Whether the live file was cut off or can no longer be read: all that is seen here is this
+    /// process's own, and was zero to begin with.
+    pub fn is_lost(&self) -> bool {
+        self.watch.is_lost()
     }
 
     /// Tells all processes that the image is unreliable. Returns whether this was news.

@@ -5,7 +5,7 @@
 //! [`LiveIdentity`]) and is made anew from the image where it does not. Each part has its protocol
 //! at the head of its file: [`map`], [`claim`], [`dirty`], [`slot`], [`space`], [`event`]. The parts are plain
 //! structs of atomics and know nothing of the mapping; [`mod@file`] lays them over the shared file and
-//! is, with the futex in [`event`], the only place with `unsafe`.
+//! is, with the futex in [`event`] and the signal handler in [`sigbus`], the only place with `unsafe`.
 //!
 //! Used by `engine`; uses `format`, `lock` and `error`.
 
@@ -15,6 +15,7 @@ pub mod event;
 pub mod file;
 pub mod map;
 mod regions;
+pub mod sigbus;
 pub mod slot;
 pub mod space;
 mod sync;

@@ -26,6 +26,7 @@
 
 mod bases;
 mod deaths;
+mod faults;
 mod lab;
 mod locks;
 mod mounts;

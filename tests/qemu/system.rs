@@ -1,6 +1,7 @@
 //! `qemu-system-x86_64` without a guest: opening, looking, closing, through its monitor.
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::ChildStdin;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -8,17 +9,19 @@ use std::thread;
 use serde_json::{Value, json};
 
 use crate::lab::{Cache, DISK, Lab, Over, noise};
+use crate::nbd::Client;
 use crate::process::{Child, Output, PATIENCE, Tool};
 
 /// A machine that does not run, and its monitor.
-struct Machine {
+pub struct Machine {
     child: Child,
     input: ChildStdin,
     lines: Receiver<String>,
 }
 
 impl Machine {
-    fn start(drives: &[String]) -> Self {
+    /// Starts one with drives, arguments of `-drive`.
+    pub fn start(drives: &[String]) -> Self {
         let (child, input, output) = Tool::driver("qemu-system-x86_64")
             .args(["-S", "-nodefaults", "-no-user-config", "-accel", "tcg", "-display", "none"])
             .args(["-device", "virtio-scsi-pci", "-qmp", "stdio"])
@@ -46,7 +49,7 @@ impl Machine {
     }
 
     /// Runs a command and gives its answer, events left out.
-    fn command(&mut self, name: &str, arguments: Value) -> Value {
+    pub fn command(&mut self, name: &str, arguments: Value) -> Value {
         let command = format!("{}\n", json!({ "execute": name, "arguments": arguments }));
         // In one piece: QEMU obeys at the closing brace, and to `quit` so fast that the rest of the
         // line would find nobody.
@@ -57,18 +60,61 @@ impl Machine {
     }
 
     /// Runs a command of the monitor for people and gives what it prints.
-    fn monitor(&mut self, command: &str) -> String {
+    pub fn monitor(&mut self, command: &str) -> String {
         let answer = self.command("human-monitor-command", json!({ "command-line": command }));
         answer["return"].as_str().unwrap_or_else(|| panic!("{command}: {answer}")).to_owned()
     }
 
-    fn quit(mut self) -> Output {
+    /// Moves the one node of the driver to an iothread, or with `null` to the main thread.
+    fn move_to_thread(&mut self, thread: &Value) {
+        let node = self.node();
+        let moved = self.command(
+            "x-blockdev-set-iothread",
+            json!({ "node-name": node, "iothread": thread, "force": true }),
+        );
+        assert_eq!(moved["return"], json!({}), "{moved}");
+    }
+
+    /// The name of the one node of the driver.
+    fn node(&mut self) -> Value {
+        let nodes = self.command("query-named-block-nodes", json!({ "flat": true }));
+        let nodes = nodes["return"].as_array().expect("nodes");
+        nodes.iter().find(|node| node["drv"] == "vmcache").expect("the node")["node-name"].clone()
+    }
+
+    /// Serves the one node of the driver over NBD, in an iothread of its own where there is one.
+    pub fn serve(&mut self, socket: &Path, iothread: Option<&str>) -> Client {
+        let node = self.node();
+        let at = json!({ "type": "unix", "data": { "path": socket } });
+        let mut export = json!({ "type": "nbd", "id": "e0", "node-name": node, "name": "" });
+        if let Some(id) = iothread {
+            self.command("object-add", json!({ "qom-type": "iothread", "id": id }));
+            export["iothread"] = json!(id);
+        }
+        for (name, arguments) in
+            [("nbd-server-start", json!({ "addr": at })), ("block-export-add", export)]
+        {
+            let done = self.command(name, arguments);
+            assert_eq!(done["return"], json!({}), "{done}");
+        }
+        Client::connect(socket).expect("a connection")
+    }
+
+    /// Ends it in good order.
+    #[track_caller]
+    pub fn quit(mut self) -> Output {
         self.command("quit", json!({}));
         self.child.wait().success()
     }
+
+    /// Its process.
+    pub fn process(self) -> Child {
+        self.child
+    }
 }
 
-fn drive(id: &str, cache: &Cache) -> String {
+/// The argument of `-drive` for a cache without a device.
+pub fn drive(id: &str, cache: &Cache) -> String {
     format!("if=none,id={id},{},read-only=on", cache.options())
 }
 
@@ -146,20 +192,8 @@ fn a_cache_is_moved_to_an_iothread_and_back() {
     let cache = lab.cache(&lab.base(), "");
     let mut machine = Machine::start(&[drive("d0", &cache)]);
     machine.command("object-add", json!({ "qom-type": "iothread", "id": "t0" }));
-    let node = machine.command("query-named-block-nodes", json!({ "flat": true }));
-    let node = node["return"]
-        .as_array()
-        .expect("nodes")
-        .iter()
-        .find(|node| node["drv"] == "vmcache")
-        .expect("the node")["node-name"]
-        .clone();
     for thread in [json!("t0"), Value::Null] {
-        let moved = machine.command(
-            "x-blockdev-set-iothread",
-            json!({ "node-name": node, "iothread": thread, "force": true }),
-        );
-        assert_eq!(moved["return"], json!({}), "{moved}");
+        machine.move_to_thread(&thread);
         machine.monitor("qemu-io d0 \"read -q 0 4M\"");
     }
     machine.quit();
