@@ -9,7 +9,7 @@
 //! | [`engine`] | the core as the outside sees it: plan a read, take what was fetched, checkpoint |
 //! | [`image`] and [`live`] | one cache image on disk; the state its users share in memory |
 //! | [`mod@format`] | bytes and types of the qcow2 file |
-//! | [`lock`], [`error`] | byte locks that cross processes; the one error type |
+//! | [`lock`], [`fallocate`], [`error`] | byte locks that cross processes; allocation; the one error type |
 //!
 //! The command line (`src/bin/vmcache`) stands beside `qemu`, on the engine.
 //!
@@ -18,6 +18,7 @@
 
 pub mod engine;
 pub mod error;
+pub mod fallocate;
 pub mod format;
 pub mod image;
 pub mod live;

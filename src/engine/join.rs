@@ -41,8 +41,23 @@ const AT_OPEN: Patience =
 /// Nobody waits for this one, and it must hold nobody up.
 const LATER: Patience = Patience { join: Duration::ZERO, leave: Duration::ZERO };
 
-/// Opens an image. Only what makes the image itself useless is an error.
+/// Opens an image. Only what makes the image itself useless is an error: where the system stands in
+/// the way, but lets the header be read, reads pass through.
 pub fn join(path: &Path, options: &Options) -> Result<Core> {
+    match join_image(path, options) {
+        Err(err) if err.kind() == ErrorKind::Io => match Image::open(path, Access::Header) {
+            Ok(image) => {
+                let core = Core::new(image, options);
+                core.bypass(&err.to_string());
+                Ok(core)
+            }
+            Err(_) => Err(err),
+        },
+        joined => joined,
+    }
+}
+
+fn join_image(path: &Path, options: &Options) -> Result<Core> {
     let surroundings = &options.surroundings;
     let open = |access| Image::open_observed(path, access, surroundings.observer.clone());
     let image = match open(Access::ReadWrite) {

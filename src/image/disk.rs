@@ -13,8 +13,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use crate::fallocate::{FallocateFlags, fallocate};
 
 /// A change of the image file, one system call. Offsets and lengths in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,22 +103,18 @@ impl Disk {
     /// Allocates the blocks under a range.
     pub fn allocate(&self, at: u64, len: u64) -> io::Result<()> {
         let how = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        self.perform(Operation::Allocate { at, len }, |_| self.fallocate(how, at, len))
+        self.perform(Operation::Allocate { at, len }, |_| fallocate(&self.file, how, at, len))
     }
 
     /// Gives the blocks of a range back.
     pub fn discard(&self, at: u64, len: u64) -> io::Result<()> {
         let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        self.perform(Operation::Discard { at, len }, |_| self.fallocate(how, at, len))
+        self.perform(Operation::Discard { at, len }, |_| fallocate(&self.file, how, at, len))
     }
 
     /// Gives the file a length.
     pub fn set_len(&self, len: u64) -> io::Result<()> {
         self.perform(Operation::SetLength(len), |_| self.file.set_len(len))
-    }
-
-    fn fallocate(&self, how: FallocateFlags, at: u64, len: u64) -> io::Result<()> {
-        fallocate(&self.file, how, at as libc::off_t, len as libc::off_t).map_err(Errno::into)
     }
 
     /// Does an operation, again where a signal came in between. `perform` gets the number of bytes

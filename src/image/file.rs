@@ -56,6 +56,8 @@ pub enum Access {
     ReadOnly,
     /// Reading and populating.
     ReadWrite,
+    /// Only learning what the header says: nothing is locked, and nothing in it may be used.
+    Header,
 }
 
 /// How a live state is used, on lock byte 400.
@@ -101,7 +103,9 @@ impl Image {
         if !meta.is_file() {
             return Err(Error::new(ErrorKind::NotACache, "not a regular file").on(&path));
         }
-        lock_as_qemu_reader(&file, &path)?;
+        if access != Access::Header {
+            lock_as_qemu_reader(&file, &path)?;
+        }
         skip_access_times(&file);
         let mut bytes = vec![0; HEADER_MAX.min(meta.len() as usize)];
         file.read_exact_at(&mut bytes, 0).map_err(|err| Error::io("read", &path, &err))?;

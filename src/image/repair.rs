@@ -19,7 +19,7 @@ pub fn free_leaks(image: &Image, scan: &Scan) -> Result<()> {
 /// and did not make it into the tables. Where that fails they only take room.
 pub fn discard_unused(image: &Image, scan: &Scan) {
     if let Err(err) = image.discard(scan.free_runs(image), scan.end) {
-        log::warn!("{err}; what they occupy counts against the quota");
+        log::info!("{err}; what they occupy counts against the quota");
     }
 }
 

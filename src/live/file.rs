@@ -14,7 +14,6 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::claim::Claim;
 use super::dirty::Marks;
@@ -26,6 +25,7 @@ use super::slot::{SLOTS, Slot};
 use super::space::{FREE_LIST, Space};
 use super::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallocate::{FallocateFlags, fallocate};
 use crate::format::{Geometry, SUBCLUSTERS};
 
 const MAGIC: [u8; 8] = *b"vmclive\n";
@@ -169,7 +169,7 @@ impl LiveFile {
     ) -> io::Result<Self> {
         let regions = Regions::new(&identity.geometry);
         file.set_len(regions.len)?;
-        fallocate(&file, FallocateFlags::empty(), 0, regions.groups as libc::off_t)?;
+        fallocate(&file, FallocateFlags::empty(), 0, regions.groups)?;
         file.write_all_at(&identity.encode(file.metadata()?.ino()), 0)?;
         let map = MmapOptions::new().len(regions.len as usize).map_raw(&file)?;
         let watch = Watch::new(map.as_ptr(), map.len())?;
@@ -349,10 +349,10 @@ impl LiveFile {
     pub fn ensure(&self, cluster: u64) -> io::Result<()> {
         let group = cluster / GROUP_CLUSTERS;
         if cluster < self.clusters && !self.has_group(group) {
-            let at = self.regions.group(group) as libc::off_t;
+            let at = self.regions.group(group);
             // A file that was cut off keeps the length that gives it away.
             let how = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            fallocate(&self.file, how, at, GROUP_BYTES as libc::off_t)?;
+            fallocate(&self.file, how, at, GROUP_BYTES)?;
             let (word, bit) = self.bit(self.regions.present, group);
             word.fetch_or(bit, Ordering::Release);
         }
