@@ -26,6 +26,7 @@ mod plan;
 mod pool;
 mod populate;
 mod reader;
+mod signals;
 mod status;
 mod verify;
 mod wait;
@@ -45,6 +46,7 @@ pub use plan::{Fetch, Part, Plan, Presence, Step, Ticket};
 use pool::Pool;
 use populate::Populator;
 pub use reader::{Base, Reader, WAIT_LIMIT};
+use signals::NoFileSizeSignal;
 pub use status::{COUNTERS, CheckReport, ImageState, ProcessStats, Status, check, check_observed};
 pub use verify::Check;
 use wait::Waiter;
@@ -93,6 +95,7 @@ impl Engine {
     /// Opens an image and joins those who use it. An error is an image that cannot be understood;
     /// whatever else stands in the way of caching only makes this engine pass reads through.
     pub fn open(path: &Path, options: &Options) -> Result<Self> {
+        let _writes = NoFileSizeSignal::new();
         let core = Arc::new(join::join(path, options)?);
         Ok(Engine {
             pool: Pool::default(),
@@ -152,6 +155,7 @@ impl Engine {
         let Ok(sample) = image::sample_base(header.geometry.virtual_size(), read) else {
             return BaseState::Unknown;
         };
+        let _writes = NoFileSizeSignal::new();
         if header.cache.base.sample.is_none()
             && self.core.populates()
             && let Err(err) = self.core.image.write_sample(sample)
@@ -235,7 +239,9 @@ impl Engine {
         self.keeper.stop();
         self.populator.stop();
         self.waiter.stop();
+        let writes = NoFileSizeSignal::new();
         checkpoint::last(&self.core);
+        drop(writes);
         self.core.retire();
         log::debug!("{}: closed in {:?}", self.core.image.path().display(), started.elapsed());
     }
