@@ -57,6 +57,12 @@ impl Tool {
         self
     }
 
+    /// The same program started by another one, whose words come first.
+    pub fn under<A: AsRef<OsStr>>(mut self, words: impl IntoIterator<Item = A>) -> Self {
+        self.words.splice(0..0, words.into_iter().map(|word| word.as_ref().to_owned()));
+        self
+    }
+
     /// Runs the program to its end.
     pub fn run(self) -> Output {
         self.start(Stdio::null()).wait()
