@@ -3,7 +3,9 @@
 //! Under the join lock (byte 401) so that one does it at a time:
 //!
 //! 1. A live file that belongs to this boot and this image is joined. Whoever finds himself alone
-//!    with it gives back what dead processes had allocated and not used.
+//!    with it gives back what dead processes had allocated and not used; but first he sees to it
+//!    that it knows all that the image's tables show: one that was cut off and has its length again
+//!    would give away clusters in use.
 //! 2. Otherwise, who is alone on the image makes a live state from its tables.
 //! 3. Otherwise others use a live file that is gone: nothing they do can be seen, so reads pass
 //!    through, until they have left.
@@ -153,7 +155,16 @@ fn join_live_locked(
     };
     let identity = identity(image, surroundings)?;
     let mut alone = image.lock_use(Use::Alone, Duration::ZERO)?;
-    let found = find_live(image, &identity, true)?.filter(|live| !(alone && live.has_failed()));
+    let mut found = find_live(image, &identity, true)?;
+    if alone {
+        found = found.filter(|live| !live.has_failed());
+        if let Some(live) = &found
+            && !knows_all(live, &sound_scan(image)?)
+        {
+            log::info!("{}: its live file was emptied; making it anew", image.path().display());
+            found = None;
+        }
+    }
     if found.is_none() && !alone {
         alone = image.lock_use(Use::Alone, patience.leave)?;
     }
@@ -252,6 +263,16 @@ fn restore(live: &LiveFile, image: &Image, scan: &Scan) -> Result<()> {
         );
     }
     set_space(live, image, scan.free_clusters(image), scan.end)
+}
+
+/// Whether a live state has everything that the image's tables show.
+fn knows_all(live: &LiveFile, scan: &Scan) -> bool {
+    scan.entries.iter().all(|(cluster, entry)| {
+        live.entry(*cluster).is_some_and(|known| {
+            let is_placed = entry.host.is_none() || known.host() == entry.host;
+            is_placed && known.bits().0 & entry.bits.0 == entry.bits.0
+        })
+    })
 }
 
 /// Gives back what was handed out and never used, settles the account, and sees to it that the

@@ -168,6 +168,25 @@ fn a_hole_in_a_live_file_costs_no_read_and_no_damage() {
     assert_recovered(&lab, &cache);
 }
 
+#[test]
+fn a_live_file_that_no_longer_knows_what_the_image_holds_is_made_anew() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base_of(noise(16 << 20), "raw", Over::File), "");
+    let first = lab.serve(&cache);
+    let (start, end) = ([(0, 8 << 20)], [(8 << 20, 8 << 20)]);
+    first.connect().read_and_compare(&cache.base.content, end).expect("a read");
+    first.stop();
+    // What says that it belongs to the image stays; its length is right again.
+    let len = fs::metadata(cache.live()).expect("a live file").len();
+    cut_off(&cache.live(), 8 << 10);
+    cut_off(&cache.live(), len);
+    let next = lab.serve(&cache);
+    next.connect().read_and_compare(&cache.base.content, start).expect("a read");
+    assert_eq!(next.stop().stderr, "");
+    assert_eq!(cache.info_number("cached-bytes"), 16 << 20);
+    assert_recovered(&lab, &cache);
+}
+
 fn a_machine_survives_the_loss_of_its_live_file(iothread: Option<&str>) {
     let lab = Lab::new();
     let cache = lab.cache(&lab.base(), "");
@@ -308,13 +327,13 @@ fn a_live_file_that_cannot_be_mapped_costs_one_line_and_no_read() {
     let lab = Lab::new();
     let file = lab.path("huge.raw");
     let disk = File::create(&file).expect("a base");
-    disk.set_len(4 << 40).expect("a base in holes");
+    disk.set_len(1 << 40).expect("a base in holes");
     let start = noise(1 << 20);
     disk.write_all_at(&start, 0).expect("its start");
     let base = Base::at(file.display().to_string(), "raw", start, file);
-    // 40 GiB of live file, in holes.
+    // 10 GiB of live file, in holes.
     let cache = lab.cache(&base, "cluster_size=16K");
-    let limited = Tool::driver("qemu-nbd").under(["prlimit", "--as=8000000000"]);
+    let limited = Tool::driver("qemu-nbd").under(["prlimit", "--as=6000000000"]);
     let server = Server::start(&lab, limited, &["-r", "--image-opts", &cache.options()]);
     let all = || sequential(base.content.len(), 64 << 10);
     server.connect().read_and_compare(&base.content, all()).expect("reads");
@@ -326,7 +345,6 @@ fn a_live_file_that_cannot_be_mapped_costs_one_line_and_no_read() {
     next.connect().read_and_compare(&base.content, all()).expect("reads");
     assert_eq!(next.stop().stderr, "");
     assert_eq!(cache.info_number("cached-bytes"), 1 << 20);
-    cache.stock_check().success();
 }
 
 #[test]
