@@ -208,6 +208,41 @@ fn claims_are_free_after_storing_failed() {
     assert_eq!((before, held.count()), (2, 0));
 }
 
+/// What is left to be done for the first 4 KiB of a cluster.
+fn first_step(engine: &Engine, cluster: u64) -> Step {
+    engine.plan(ByteRange { start: cluster * 64 * KIB, len: 2 * KIB }).pop().unwrap().step
+}
+
+#[test]
+fn dead_owner_is_noticed_before_the_wait_begins() {
+    let (_dir, path) = new_image(None);
+    let engine = filled(&path, 2 * KIB);
+    let live = engine.core.live().unwrap();
+    let dead = live.slot(9).take(9, 1);
+    live.claims(1).unwrap()[0].try_claim(dead).unwrap();
+    let Step::Wait(ticket) = first_step(&engine, 1) else { panic!("nobody to wait for") };
+    assert!(!engine.wait(ticket, || {}));
+    assert!(matches!(first_step(&engine, 1), Step::Fetch(_)));
+}
+
+#[test]
+fn waits_that_follow_each_other_all_end_long_before_the_deadline() {
+    let (_dir, path) = new_image(None);
+    let owner = filled(&path, 2 * KIB);
+    let waiter = Engine::open(&path, &Options::default()).unwrap();
+    let (wake, woken) = mpsc::channel();
+    let started = Instant::now();
+    for _ in 0..100 {
+        let Step::Fetch(fetch) = first_step(&owner, 1) else { panic!("not to be fetched") };
+        let Step::Wait(ticket) = first_step(&waiter, 1) else { panic!("nobody to wait for") };
+        let wake = wake.clone();
+        assert!(waiter.wait(ticket, move || wake.send(()).unwrap()));
+        drop(fetch);
+        woken.recv_timeout(HANG).unwrap();
+    }
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+}
+
 #[test]
 fn quota_is_settled_to_what_the_file_occupies() {
     let (_dir, path) = new_image(Some(32 * MIB));

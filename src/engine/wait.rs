@@ -2,13 +2,17 @@
 //! live file's event while there is anything to wait for.
 //!
 //! A wait ends when the claim is free or has passed to another owner, when the owner is dead (its
-//! slot's lock is gone; asked when the wait begins and every few milliseconds after), or at the
+//! slot's lock is gone; asked before the wait begins and every few milliseconds after), or at the
 //! deadline, after which the owner counts as stalled and nobody waits for it any more. In the last
 //! two cases the claim is broken. Whoever waited then plans again and finds the data, or claims
 //! itself.
 //!
 //! No wake-up is lost: a waiter marks the claim before it joins the list, so its owner rings the
 //! event; and the thread takes the event's ticket before it looks at the list.
+//!
+//! Readers of one image are often on the same way and wait for one block after the other. So after
+//! the last wait the thread stays with the event until the next ring, or a few milliseconds: a wait
+//! that comes meanwhile need not wake it first.
 //!
 //! Used by `Engine`.
 
@@ -20,7 +24,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::core::Core;
 use super::pool;
-use crate::live::claim::{Claim, Owner};
+use crate::live::claim::{Claim, Held, Owner};
 
 /// How often the owners are asked for a sign of life while somebody waits for them.
 const PULSE: Duration = Duration::from_millis(10);
@@ -80,6 +84,11 @@ impl Waiter {
         let Some(held) = shared.claim(cluster, subcluster).and_then(Claim::mark_waiting) else {
             return false;
         };
+        let owner = held.owner();
+        if !shared.core.is_alive(owner) {
+            shared.give_up_on(cluster, subcluster, held);
+            return false;
+        }
         if !state.running {
             let body = Arc::clone(shared);
             state.thread = pool::start("vmcache-wait", STACK, move || body.run());
@@ -93,7 +102,7 @@ impl Waiter {
             }
         }
         let deadline = Instant::now() + shared.core.patience();
-        state.waits.push(Wait { cluster, subcluster, owner: held.owner(), deadline, wake });
+        state.waits.push(Wait { cluster, subcluster, owner, deadline, wake });
         shared.came.notify_one();
         true
     }
@@ -147,17 +156,23 @@ impl Shared {
         let _panicked = Panicked(self);
         let Some(live) = self.core.live() else { return };
         let mut next_pulse = Instant::now();
+        let mut stay = false;
         loop {
             let ticket = live.event().ticket();
             let mut state = self.state.lock();
+            if state.waits.is_empty() && !state.stopping && stay {
+                drop(state);
+                live.event().wait(ticket, PULSE);
+                stay = false;
+                continue;
+            }
             if state.waits.is_empty() && !state.stopping {
                 let timed_out = self.came.wait_for(&mut state, IDLE).timed_out();
                 if timed_out && state.waits.is_empty() && !state.stopping {
                     state.running = false;
                     return;
                 }
-                // The owner is asked at once: it may have been dead before anybody waited.
-                next_pulse = Instant::now();
+                next_pulse = Instant::now() + PULSE;
                 continue;
             }
             let now = Instant::now();
@@ -172,6 +187,7 @@ impl Shared {
                 .collect();
             drop(state);
             let woken = !over.is_empty();
+            stay |= woken;
             for wait in over {
                 (wait.wake)();
             }
@@ -187,11 +203,7 @@ impl Shared {
     /// Whether there is nothing to wait for any more; breaks the claim of an owner that is dead or
     /// late.
     fn is_over(&self, wait: &Wait, now: Instant, pulse: bool) -> bool {
-        let (Some(live), Some(claim)) =
-            (self.core.live(), self.claim(wait.cluster, wait.subcluster))
-        else {
-            return true;
-        };
+        let Some(claim) = self.claim(wait.cluster, wait.subcluster) else { return true };
         let Some(held) = claim.holder().filter(|held| held.owner() == wait.owner) else {
             return true;
         };
@@ -200,10 +212,17 @@ impl Shared {
         if !late && !dead {
             return false;
         }
-        log::debug!("{:?} is dead or late with {}/{}", wait.owner, wait.cluster, wait.subcluster);
-        if live.slot(wait.owner.slot()).give_up_on(claim, held) {
+        self.give_up_on(wait.cluster, wait.subcluster, held);
+        true
+    }
+
+    /// Breaks the claim of an owner that is dead or late.
+    fn give_up_on(&self, cluster: u64, subcluster: u32, held: Held) {
+        log::debug!("{:?} is dead or late with {cluster}/{subcluster}", held.owner());
+        if let (Some(live), Some(claim)) = (self.core.live(), self.claim(cluster, subcluster))
+            && live.slot(held.owner().slot()).give_up_on(claim, held)
+        {
             live.event().ring();
         }
-        true
     }
 }
