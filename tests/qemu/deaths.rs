@@ -2,6 +2,7 @@
 //! had.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::thread;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use crate::lab::{Cache, Lab, Over, Server, anywhere, noise, sequential};
 use crate::nbd::DEPTH;
 use crate::process::{Tool, eventually};
 use crate::settings::random;
+use crate::trace::killed_at;
 
 /// Kills the server with reads in flight, after `replies` of them have come.
 fn kill_while_reading(server: &mut Server, content: &[u8], replies: usize, purpose: &str) {
@@ -147,4 +149,96 @@ fn qemu_io_killed_while_populating_leaves_a_valid_image() {
     last.assert_serves(&base.content);
     last.stop();
     cache.assert_sound();
+}
+
+/// Bytes of the base that are read before exact deaths: few enough to die at each write.
+const LITTLE: usize = 1 << 20;
+const CLUSTER: usize = 64 << 10;
+
+/// `qemu-io` that reads one cluster of three, so that there are several runs of tables to write.
+fn fill_with_gaps(cache: &Cache) -> Tool {
+    let reads = (0..LITTLE).step_by(3 * CLUSTER).map(|at| format!("read -q {at} {CLUSTER}"));
+    qemu_io(cache).args(reads.flat_map(|read| ["-c".into(), read]))
+}
+
+/// `qemu-io` that opens the image and has nothing to do but to close it.
+fn qemu_io(cache: &Cache) -> Tool {
+    Tool::driver("qemu-io").args(["-r", "--image-opts", &cache.options()])
+}
+
+/// Kills a process before each of its calls of a kind, each time on a new image, until it comes to
+/// its end; returns how many deaths that were.
+fn die_at_each(
+    call: &str,
+    prepare: fn(&Cache),
+    work: fn(&Cache) -> Tool,
+    after: fn(&Cache),
+) -> u32 {
+    let lab = Lab::new();
+    let base = lab.base_of(noise(LITTLE), "raw", Over::File);
+    let dies = |number: &u32| {
+        let cache = lab.cache(&base, "cluster_size=64K");
+        prepare(&cache);
+        let ended = killed_at(&lab, work(&cache), call, *number).run();
+        after(&cache);
+        cache.assert_valid();
+        assert_next_fetches_what_is_missing(&lab, &cache);
+        cache.assert_sound();
+        lab.discard(&cache);
+        let killed = ended.status.signal() == Some(Signal::SIGKILL as i32);
+        assert!(killed || ended.status.success(), "{ended:?}");
+        killed
+    };
+    let deaths = (1..).take_while(dies).count() as u32;
+    println!("{deaths} deaths at {call}");
+    deaths
+}
+
+/// Leaves a cache as a process that was killed before any checkpoint leaves it.
+fn leave_without_checkpoint(cache: &Cache) {
+    let lab = Lab::new();
+    let ended = killed_at(&lab, fill_with_gaps(cache), "fdatasync", 1).run();
+    assert_eq!(ended.status.signal(), Some(Signal::SIGKILL as i32), "{ended:?}");
+}
+
+/// What a reboot leaves: the image alone.
+fn lose_live_file(cache: &Cache) {
+    // There is none where nobody came to make one.
+    let _ = fs::remove_file(cache.live());
+}
+
+#[test]
+fn a_death_at_any_sync_leaves_a_valid_image() {
+    let deaths = die_at_each("fdatasync", |_| (), fill_with_gaps, |_| ());
+    assert_eq!(deaths, 3);
+}
+
+#[test]
+fn a_death_at_any_sync_and_the_loss_of_the_live_file_leave_a_valid_image() {
+    let deaths = die_at_each("fdatasync", |_| (), fill_with_gaps, lose_live_file);
+    assert_eq!(deaths, 3);
+}
+
+#[test]
+fn a_death_at_any_write_of_a_process_that_fills_leaves_a_valid_image() {
+    let deaths = die_at_each("pwrite64", |_| (), fill_with_gaps, |_| ());
+    assert!(deaths >= 6, "{deaths}");
+}
+
+#[test]
+fn a_death_at_any_allocation_leaves_a_valid_image() {
+    let deaths = die_at_each("fallocate", |_| (), fill_with_gaps, |_| ());
+    assert!(deaths >= 2, "{deaths}");
+}
+
+#[test]
+fn a_death_at_any_write_of_the_checkpoint_that_a_dead_process_left_leaves_a_valid_image() {
+    let deaths = die_at_each("pwrite64", leave_without_checkpoint, qemu_io, |_| ());
+    assert!(deaths >= 8, "{deaths}");
+}
+
+#[test]
+fn a_death_at_any_write_of_a_checkpoint_and_the_loss_of_the_live_file_leave_a_valid_image() {
+    let deaths = die_at_each("pwrite64", leave_without_checkpoint, qemu_io, lose_live_file);
+    assert!(deaths >= 8, "{deaths}");
 }

@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use rand::Rng;
 use tempfile::{NamedTempFile, TempDir};
+use vmcache::lock::{LockKind, is_held_against};
 
 use crate::nbd::Client;
 use crate::process::{Child, Output, Tool, eventually};
@@ -24,6 +25,9 @@ use crate::settings::{random, text};
 /// Bytes of most bases: many clusters of every size, and a tail that is no whole subcluster of the
 /// larger ones.
 pub const DISK: usize = (24 << 20) + 345 * 512;
+
+/// Byte of the image that is locked by whoever writes a checkpoint (`src/image/file.rs`).
+const CHECKPOINT_BYTE: u64 = 402;
 
 /// A directory of the test's own, gone with it.
 pub struct Lab {
@@ -285,6 +289,25 @@ impl Cache {
     /// A number that `vmcache info` shows.
     pub fn info_number(&self, key: &str) -> u64 {
         self.info(key).as_u64().unwrap_or_else(|| panic!("info shows no number {key}"))
+    }
+
+    /// Whether some process writes a checkpoint.
+    pub fn is_in_checkpoint(&self) -> bool {
+        let image = File::open(&self.path).expect("the cache");
+        is_held_against(&image, CHECKPOINT_BYTE, LockKind::Exclusive).expect("the lock's state")
+    }
+
+    /// Bytes of the disk that a QEMU without the library finds in the image's tables.
+    pub fn stock_mapped(&self) -> u64 {
+        let said = Tool::stock("qemu-img")
+            .args(["map", "-f", "qcow2", "--output=json"])
+            .arg(&self.path)
+            .run()
+            .success();
+        let map: serde_json::Value = serde_json::from_str(&said.stdout).expect("JSON");
+        let extents = map.as_array().expect("extents").iter();
+        let here = extents.filter(|extent| extent["depth"] == 0);
+        here.map(|extent| extent["length"].as_u64().expect("a length")).sum()
     }
 
     /// `qemu-img check` by a QEMU without the library.

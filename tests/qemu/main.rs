@@ -21,10 +21,12 @@
 //! | `process` | QEMU's programs as child processes that never outlive their test |
 //! | `nbd` | a client for `qemu-nbd`, with many reads in flight |
 //! | `lab` | bases, caches, servers, and what a plain QEMU says about them |
+//! | `trace` | `strace`: deaths at exact moments, calls that take long |
 //! | `mounts` | small filesystems that only the test sees |
 //! | all others | the tests |
 
 mod bases;
+mod checkpoints;
 mod deaths;
 mod faults;
 mod lab;
@@ -37,7 +39,9 @@ mod quota;
 mod reads;
 mod settings;
 mod sharing;
+mod stops;
 mod system;
 mod tools;
 mod torture;
+mod trace;
 mod writes;

@@ -41,6 +41,11 @@ impl Tool {
         Self::words().arg(VMCACHE)
     }
 
+    /// A program of this machine that has nothing to do with QEMU.
+    pub fn host(program: &str) -> Self {
+        Tool { words: vec![program.into()] }
+    }
+
     fn words() -> Self {
         Tool { words: PREFIX.iter().map(OsString::from).collect() }
     }
