@@ -22,6 +22,7 @@
 //! | `nbd` | a client for `qemu-nbd`, with many reads in flight |
 //! | `lab` | bases, caches, servers, and what a plain QEMU says about them |
 //! | `trace` | `strace`: deaths at exact moments, calls that take long |
+//! | `virtio` | a machine without a guest whose disks the test drives itself, queue by queue |
 //! | `mounts` | small filesystems that only the test sees |
 //! | all others | the tests |
 
@@ -29,6 +30,7 @@ mod bases;
 mod checkpoints;
 mod deaths;
 mod faults;
+mod iothreads;
 mod lab;
 mod locks;
 mod mounts;
@@ -44,4 +46,5 @@ mod system;
 mod tools;
 mod torture;
 mod trace;
+mod virtio;
 mod writes;
