@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use rand::Rng;
 
-use crate::lab::{Base, Cache, DISK, Lab, anywhere};
+use crate::lab::{Base, Cache, DISK, Lab, Server, anywhere};
 use crate::nbd::DEPTH;
 use crate::process::{Child, Tool, eventually};
 use crate::settings::random;
@@ -115,6 +115,38 @@ fn stats_shows_every_process_that_has_the_image_open() {
     }
     run_commands(children, "quit\n");
     assert_eq!(cache.stats().get("processes"), 0);
+}
+
+/// The ids that a command shows of the processes on an image.
+fn shown_by(command: &str, cache: &Cache) -> BTreeSet<u64> {
+    let said = Tool::vmcache().args([command, "--output=json"]).arg(&cache.path).run().success();
+    let all: serde_json::Value = serde_json::from_str(&said.stdout).expect("JSON");
+    let list = all["process-list"].as_array().expect("a list");
+    assert_eq!(all["processes"], list.len());
+    list.iter().map(|process| process["pid"].as_u64().expect("a process id")).collect()
+}
+
+/// Whether both commands show these processes and no others.
+#[track_caller]
+fn assert_shown(cache: &Cache, servers: &mut [&mut Server]) {
+    let ids = servers.iter_mut().map(|server| u64::from(server.process().id())).collect();
+    assert_eq!(shown_by("info", cache), ids);
+    assert_eq!(shown_by("stats", cache), ids);
+}
+
+#[test]
+fn info_and_stats_show_the_processes_that_live_however_the_others_ended() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base(), "");
+    assert_shown(&cache, &mut []);
+    let [mut killed, mut left, mut stays] = [(); 3].map(|()| lab.serve(&cache));
+    assert_shown(&cache, &mut [&mut killed, &mut left, &mut stays]);
+    killed.process().kill();
+    assert_shown(&cache, &mut [&mut left, &mut stays]);
+    left.stop();
+    assert_shown(&cache, &mut [&mut stays]);
+    stays.stop();
+    assert_shown(&cache, &mut []);
 }
 
 #[test]
