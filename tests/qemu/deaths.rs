@@ -109,7 +109,7 @@ fn a_reboot_after_a_kill_costs_no_more_than_what_had_no_checkpoint() {
     let base = lab.base();
     let cache = lab.cache(&base, "");
     let first = lab.serve(&cache);
-    let half = &base.content[..base.content.len() / 2 & !0xf_ffff];
+    let half = &base.content[..(base.content.len() / 2) & !0xf_ffff];
     let reads = sequential(half.len(), 1 << 20);
     first.connect().read_and_compare(half, reads).expect("reads");
     first.stop();

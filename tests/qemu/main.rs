@@ -12,7 +12,7 @@
 //! | `VMCACHE_TEST_NFS` | URL of a directory that an NFS server exports |
 //! | `VMCACHE_TEST_NFS_DIRECTORY` | the same directory by its local path |
 //! | `VMCACHE_TEST_SEED` | seed of everything random (default: a new one, printed) |
-//! | `VMCACHE_TEST_FULL` | `1`: 100,000 random reads in each configuration, not in all together |
+//! | `VMCACHE_TEST_FULL` | `1`: 100,000 random reads in each configuration, not in all together; stops of 60 s |
 //! | `VMCACHE_TORTURE_SECONDS`, `VMCACHE_TORTURE_KILLS` | least length of the torture run |
 //!
 //! | module | what is in it |

@@ -79,10 +79,10 @@ impl Client {
     }
 
     fn note_info(&mut self, payload: &[u8]) {
-        if let Some((kind, rest)) = payload.split_first_chunk() {
-            if let (INFO_EXPORT, Some(size)) = (u16::from_be_bytes(*kind), rest.first_chunk()) {
-                self.size = u64::from_be_bytes(*size);
-            }
+        if let Some((kind, rest)) = payload.split_first_chunk()
+            && let (INFO_EXPORT, Some(size)) = (u16::from_be_bytes(*kind), rest.first_chunk())
+        {
+            self.size = u64::from_be_bytes(*size);
         }
     }
 
