@@ -514,7 +514,8 @@ fn place_at_the_end_of_a_huge_disk_takes_no_time_to_look_at() {
     let started = Instant::now();
     let scan = Scan::read(&image, |_, _| {}).unwrap();
     let free: Vec<_> = scan.free_runs(&image).collect();
-    assert_eq!((scan.damages, free.as_slice()), (0, [first..last].as_slice()));
+    assert_eq!(scan.damages, 0);
+    assert!(free.iter().eq(std::iter::once(&(first..last))), "{free:?}");
     assert_eq!(scan.free_clusters(&image).take(2).count(), 2);
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
 }

@@ -24,7 +24,7 @@ fn interleaved(len: usize) -> [Vec<(u64, u32)>; 2] {
 
 /// The program, saying so when a wait for a block comes to its deadline.
 fn telling_of_deadlines(tool: Tool) -> Tool {
-    tool.under(["env"], "VMCACHE_LOG=vmcache::engine::wait=debug".into())
+    tool.under(["env", "VMCACHE_LOG=vmcache::engine::wait=debug"])
 }
 
 /// Whether each block was fetched once. On a machine so busy that a wait came to its deadline,

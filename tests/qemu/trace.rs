@@ -3,6 +3,7 @@
 //!
 //! Used by the tests.
 
+use std::ffi::OsStr;
 use std::fs;
 
 use crate::lab::Lab;
@@ -14,7 +15,8 @@ pub fn killed_at(lab: &Lab, tool: Tool, call: &str, number: u32) -> Tool {
     let trace = format!("trace={call}");
     let inject = format!("inject={call}:signal=KILL:when={number}");
     // -D: the program is the child, not strace.
-    tool.under(["strace", "-D", "-f", "-qq", "-e", &trace, "-e", &inject, "-o"], log)
+    let words = ["strace", "-D", "-f", "-qq", "-e", &trace, "-e", &inject, "-o"];
+    tool.under(words.into_iter().map(OsStr::new).chain([log.as_os_str()]))
 }
 
 /// Calls of a running process that take long, until this is dropped.
