@@ -20,7 +20,7 @@ use crate::live::{LiveFile, sigbus, slot};
 const PAUSE: Duration = Duration::from_secs(1);
 /// Bounds of the time that a reader waits for somebody else's fetch.
 const PATIENCE: std::ops::RangeInclusive<Duration> =
-    Duration::from_millis(200)..=Duration::from_secs(2);
+    Duration::from_millis(500)..=Duration::from_secs(2);
 
 /// Why a live state that failed is of no use.
 fn why_failed(live: &LiveFile) -> &'static str {

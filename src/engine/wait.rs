@@ -4,7 +4,7 @@
 //! A wait ends when the claim is free or has passed to another owner, when the owner is dead (its
 //! slot's lock is gone; asked before the wait begins and every few milliseconds after), or at the
 //! deadline, after which the owner counts as stalled and nobody waits for it any more. In the last
-//! two cases the claim is broken. Whoever waited then plans again and finds the data, or claims
+//! two cases the claim is broken, except this process's own, which is alive for certain. Whoever waited then plans again and finds the data, or claims
 //! itself.
 //!
 //! No wake-up is lost: a waiter marks the claim before it joins the list, so its owner rings the
@@ -24,6 +24,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::core::Core;
 use super::pool;
+use super::reader::WAIT_LIMIT;
 use crate::live::claim::{Claim, Held, Owner};
 
 /// How often the owners are asked for a sign of life while somebody waits for them.
@@ -101,7 +102,9 @@ impl Waiter {
                 return false;
             }
         }
-        let deadline = Instant::now() + shared.core.patience();
+        // Fetches of this process itself are on their way; more haste would only fetch twice.
+        let patience = if shared.is_own(owner) { WAIT_LIMIT } else { shared.core.patience() };
+        let deadline = Instant::now() + patience;
         state.waits.push(Wait { cluster, subcluster, owner, deadline, wake });
         shared.came.notify_one();
         true
@@ -209,11 +212,14 @@ impl Shared {
         };
         let late = now >= wait.deadline;
         let dead = pulse && !self.core.is_alive(wait.owner);
-        if !late && !dead {
-            return false;
+        if (late && !self.is_own(wait.owner)) || dead {
+            self.give_up_on(wait.cluster, wait.subcluster, held);
         }
-        self.give_up_on(wait.cluster, wait.subcluster, held);
-        true
+        late || dead
+    }
+
+    fn is_own(&self, owner: Owner) -> bool {
+        self.core.owner() == Some(owner)
     }
 
     /// Breaks the claim of an owner that is dead or late.
