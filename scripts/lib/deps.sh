@@ -27,7 +27,7 @@ readonly -A DEPS_PACKAGES=(
     [chroot]="mmdebstrap mount"
     [net]="iproute2"
     [script]="python3 util-linux"
-    [test]="python3 python3-libnbd nbdkit strace"
+    [test]="python3 python3-libnbd nbdkit strace e2fsprogs util-linux mount"
     [trace]="strace"
     [lint]="shellcheck"
 )
