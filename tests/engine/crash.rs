@@ -282,9 +282,8 @@ fn cut_while_one_process_populates_and_others_write_checkpoints_loses_nothing() 
                 .step_by(3 * KIB as usize)
                 .for_each(|at| scene.fill(&node, at, 2 * KIB));
         });
-        while !all.is_finished() {
-            scene.checkpoint(&node);
-        }
+        (0..20).for_each(|_| scene.checkpoint(&node));
+        all.join().unwrap();
     });
     scene.close(node);
     scene.assert_survives("checkpoints while populating");

@@ -246,8 +246,8 @@ impl Cut<'_> {
         }
     }
 
-    /// The parts of all changes, in the order of the changes: sectors of writes, and those blocks
-    /// of discards in which there can be anything.
+    /// The parts of all changes that matter, in the order of the changes: sectors of writes, blocks
+    /// of discards.
     fn atoms(&self) -> Vec<Atom> {
         let mut atoms = Vec::new();
         for (change, what) in self.window.iter().enumerate() {
@@ -257,7 +257,7 @@ impl Cut<'_> {
             while at < whole.end() {
                 let end = ((at / unit + 1) * unit).min(whole.end());
                 let part = ByteRange { start: at, len: end - at };
-                if matches!(what, Change::Write { .. }) || self.may_hold_data(&part) {
+                if self.matters(change, &part) {
                     atoms.push(Atom { change, part });
                 }
                 at = end;
@@ -266,12 +266,18 @@ impl Cut<'_> {
         atoms
     }
 
-    fn may_hold_data(&self, part: &ByteRange) -> bool {
+    /// Whether it makes a difference if a part of a change is on the disk.
+    fn matters(&self, change: usize, part: &ByteRange) -> bool {
         let durable = &self.durable.bytes[part.start as usize..part.end() as usize];
-        let written = |change: &&&Change| {
-            matches!(change, Change::Write { .. }) && overlap(&extent(change), part)
+        let differs = match self.window[change] {
+            Change::Write { at, bytes } => {
+                *durable != bytes[(part.start - at) as usize..][..part.len as usize]
+            }
+            Change::Discard { .. } => durable.iter().any(|byte| *byte != 0),
+            Change::Sync | Change::Nothing => false,
         };
-        durable.iter().any(|byte| *byte != 0) || self.window.iter().any(|change| written(&change))
+        let others = self.window.iter().enumerate().filter(|(index, _)| *index != change);
+        differs || others.into_iter().any(|(_, other)| overlap(&extent(other), part))
     }
 
     /// The orders in which the changes may reach the disk, as far as it makes a difference: where
