@@ -22,7 +22,8 @@ tool_cargo() {
 }
 
 tool_cargo_build() {
-    child_run cargo install --quiet --locked --version "$2" --root "$3" \
+    # Without optimisation: they run for seconds, and would be optimised for minutes.
+    child_run cargo install --debug --quiet --locked --version "$2" --root "$3" \
         --target-dir "$CACHE_DIR/target/tools" "$1" >&2 ||
         die "cargo could not install $1 $2"
 }

@@ -260,7 +260,7 @@ fn a_signal_that_somebody_sends_to_a_tool_is_ignored_as_without_the_library() {
 }
 
 #[test]
-fn an_image_that_is_cut_off_while_in_use_costs_one_line_and_no_read() {
+fn an_image_that_is_cut_off_while_in_use_costs_one_line_and_is_healed_by_reading() {
     let lab = Lab::new();
     let cache = lab.cache(&lab.base(), "");
     warm(&lab, &cache);
@@ -269,12 +269,27 @@ fn an_image_that_is_cut_off_while_in_use_costs_one_line_and_no_read() {
     server.assert_serves(&cache.base.content);
     let said = server.stop();
     assert_eq!(said.warnings().len(), 1, "{said:?}");
-    assert!(said.stderr.contains("could not read cached data"), "{said:?}");
+    assert!(said.stderr.contains("is not what was stored"), "{said:?}");
+    assert_recovered(&lab, &cache);
+}
+
+#[test]
+fn an_image_that_is_cut_off_after_it_was_read_costs_one_line_and_no_read() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base(), "");
+    warm(&lab, &cache);
+    let server = lab.serve(&cache);
+    server.assert_serves(&cache.base.content);
+    cut_off(&cache.path, cache.base.content.len() as u64 / 2);
+    server.assert_serves(&cache.base.content);
+    let said = server.stop();
+    assert_eq!(said.warnings().len(), 1, "{said:?}");
+    assert!(said.stderr.contains("the image file has become shorter"), "{said:?}");
 
     let next = lab.serve(&cache);
     next.assert_serves(&cache.base.content);
-    assert_eq!(next.stop().warnings().len(), 1);
-    assert_eq!(cache.info("state"), "damaged");
+    next.stop();
+    assert_recovered(&lab, &cache);
 }
 
 #[test]
