@@ -60,6 +60,14 @@ fn flip(file: &File, extents: &[std::ops::Range<u64>], flips: usize, random: &mu
     }
 }
 
+/// Changes bytes of the cached data.
+fn flip_data(fixture: &Fixture) {
+    let file = image_file(fixture);
+    let data = Layout::new(&fixture.geometry);
+    let data = extents(&file, data.offset(data.data).0);
+    flip(&file, &data, FLIPS, &mut StdRng::seed_from_u64(seed()));
+}
+
 fn counters(reader: &Reader<CountedBase>) -> (u64, u64) {
     let counters = reader.engine().counters();
     (counters.bad_bytes.get(), counters.repaired_bytes.get())
@@ -86,10 +94,8 @@ fn is_healed_by_reading(fixture: &Fixture) {
 
 #[test]
 fn thousand_flipped_bytes_of_cached_data_are_healed_by_reading() {
-    let (fixture, mut random) = (warm(), StdRng::seed_from_u64(seed()));
-    let file = image_file(&fixture);
-    let layout = Layout::new(&fixture.geometry);
-    flip(&file, &extents(&file, layout.offset(layout.data).0), FLIPS, &mut random);
+    let fixture = warm();
+    flip_data(&fixture);
     is_healed_by_reading(&fixture);
 }
 
@@ -134,14 +140,7 @@ fn what_was_sound_when_one_open_read_it_is_looked_at_again_by_the_next() {
     let fixture = warm();
     let first = fixture.reader();
     fixture.read_everything(&first);
-    let layout = Layout::new(&fixture.geometry);
-    let file = image_file(&fixture);
-    flip(
-        &file,
-        &extents(&file, layout.offset(layout.data).0),
-        FLIPS,
-        &mut StdRng::seed_from_u64(seed()),
-    );
+    flip_data(&fixture);
     let second = fixture.reader();
     fixture.read_everything(&second);
     assert!(counters(&second).0 > 0);
@@ -150,14 +149,7 @@ fn what_was_sound_when_one_open_read_it_is_looked_at_again_by_the_next() {
 #[test]
 fn bad_data_without_a_base_that_it_was_made_from_gives_the_cache_up() {
     let fixture = warm();
-    let layout = Layout::new(&fixture.geometry);
-    let file = image_file(&fixture);
-    flip(
-        &file,
-        &extents(&file, layout.offset(layout.data).0),
-        FLIPS,
-        &mut StdRng::seed_from_u64(seed()),
-    );
+    flip_data(&fixture);
     let changed: Vec<u8> = fixture.content.iter().map(|byte| byte ^ 0x11).collect();
     let base = CountedBase::new(Arc::new(changed), fixture.geometry.subcluster_size());
     let reader = Reader::new(fixture.engine(), base);
@@ -171,14 +163,7 @@ fn bad_data_without_a_base_that_it_was_made_from_gives_the_cache_up() {
 #[test]
 fn cache_that_may_not_be_written_is_read_around_what_is_bad() {
     let fixture = warm();
-    let layout = Layout::new(&fixture.geometry);
-    let file = image_file(&fixture);
-    flip(
-        &file,
-        &extents(&file, layout.offset(layout.data).0),
-        FLIPS,
-        &mut StdRng::seed_from_u64(seed()),
-    );
+    flip_data(&fixture);
     let options = Options { populate: false, ..Options::default() };
     let engine = Arc::new(Engine::open(&fixture.image(), &options).unwrap());
     let reader = Reader::new(engine, fixture.counted_base());
@@ -191,14 +176,7 @@ fn cache_that_may_not_be_written_is_read_around_what_is_bad() {
 #[test]
 fn check_finds_what_is_bad_and_repair_drops_it() {
     let fixture = warm();
-    let layout = Layout::new(&fixture.geometry);
-    let file = image_file(&fixture);
-    flip(
-        &file,
-        &extents(&file, layout.offset(layout.data).0),
-        FLIPS,
-        &mut StdRng::seed_from_u64(seed()),
-    );
+    flip_data(&fixture);
     let before = Status::read(&fixture.image()).unwrap().cached_bytes;
     let found = engine::check(&fixture.image(), false, |_, _| {}).unwrap().scan;
     engine::check(&fixture.image(), true, |_, _| {}).unwrap();
