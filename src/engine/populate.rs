@@ -124,7 +124,7 @@ fn run(core: &Core, queue: &Receiver<(Work, Vec<u8>)>, queued: &AtomicU64) {
                 counters.populated_bytes.add(*stored);
                 counters.dropped_bytes.add(bytes.saturating_sub(*stored));
             }),
-            Work::Repair(check) => check.repair(&mut data).inspect(|repaired| {
+            Work::Repair(check) => repair(core, check, &mut data).inspect(|repaired| {
                 counters.repaired_bytes.add(*repaired);
             }),
         };
@@ -139,11 +139,15 @@ fn run(core: &Core, queue: &Receiver<(Work, Vec<u8>)>, queued: &AtomicU64) {
     }
 }
 
+/// Rewrites what a check found bad; returns how many bytes that were.
+fn repair(core: &Core, check: &Check, base: &mut Vec<u8>) -> Result<u64> {
+    let Some(store) = Store::new(core) else { return Ok(0) };
+    check.repair(base, |data, place| store.rewrite(data, place))
+}
+
 /// Stores the bytes of a fetch; returns how many of them the cache holds afterwards.
 fn store(core: &Core, fetch: &Fetch, data: &mut Vec<u8>) -> Result<u64> {
-    let Some(live) = core.active() else { return Ok(0) };
-    let Some(slot) = core.slot() else { return Ok(0) };
-    let store = Store { core, live, slot, image: &core.image };
+    let Some(store) = Store::new(core) else { return Ok(0) };
     let subcluster_size = core.image.geometry().subcluster_size();
     let length = data.len() as u64;
     let (first, count) = fetch.subclusters();
@@ -172,7 +176,27 @@ struct Store<'a> {
     image: &'a Image,
 }
 
-impl Store<'_> {
+impl<'a> Store<'a> {
+    /// Where the cache is in use and this open stores.
+    fn new(core: &'a Core) -> Option<Self> {
+        Some(Store { core, live: core.active()?, slot: core.slot()?, image: &core.image })
+    }
+
+    /// Writes data in the place of what was there, which may have become a hole; whether the quota
+    /// had room for it.
+    fn rewrite(&self, data: &[u8], place: HostOffset) -> Result<bool> {
+        let bytes = data.len() as u64;
+        let taken = self.take(0, bytes, bytes);
+        let fits = taken == bytes || self.image.header().cache.quota.is_none();
+        let written = if fits && !self.live.has_failed() {
+            self.image.write(data, place).map(|()| true)
+        } else {
+            Ok(false)
+        };
+        self.slot.end_write(taken);
+        written
+    }
+
     /// Stores subclusters of one cluster from `start` on; returns how many are there afterwards.
     fn store_cluster(&self, cluster: u64, start: u32, data: &[u8]) -> Result<u64> {
         let size = self.image.geometry().subcluster_size() as usize;

@@ -110,8 +110,13 @@ impl Check {
     }
 
     /// Rewrites what does not fit its checksum with the base's bytes, the whole of
-    /// [`Check::range`]; returns how many bytes that were. Blocks.
-    pub(super) fn repair(&self, base: &mut Vec<u8>) -> Result<u64> {
+    /// [`Check::range`]; returns how many bytes that were. `write` stores data where there is room
+    /// for it, and says whether there was. Blocks.
+    pub(super) fn repair(
+        &self,
+        base: &mut Vec<u8>,
+        mut write: impl FnMut(&[u8], HostOffset) -> Result<bool>,
+    ) -> Result<u64> {
         let image = &self.core.image;
         let (host, len) = self.data();
         // Beyond the end of the disk there is nothing, which a subcluster stores as zeros.
@@ -122,21 +127,24 @@ impl Check {
         let mut repaired = 0;
         let parts = self.subclusters(&found).zip(self.subclusters(base)).zip(checksums);
         for (((number, found), (_, base)), checksum) in parts {
-            let right = Checksum::of(number, base);
-            let place = HostOffset(host.0 + (number - self.first) * base.len() as u64);
             if Checksum::of(number, found) == checksum {
-                // Somebody else was faster, or the base changed; the next open will tell.
-            } else if found == base || checksum == right || checksum == Checksum::NONE {
-                image.write(base, place)?;
-                image.write_checksums(number, &[right])?;
-                see(&self.core, number);
-                repaired += base.len() as u64;
-            } else {
+                // Sound, or somebody else was faster.
+                continue;
+            }
+            let right = Checksum::of(number, base);
+            if found != base && checksum != right && checksum != Checksum::NONE {
                 self.core.bypass(
                     "cached data fits neither its checksum nor the base, which must have changed",
                 );
                 break;
             }
+            let place = HostOffset(host.0 + (number - self.first) * base.len() as u64);
+            if !write(base, place)? {
+                break;
+            }
+            image.write_checksums(number, &[right])?;
+            see(&self.core, number);
+            repaired += base.len() as u64;
         }
         Ok(repaired)
     }
