@@ -40,11 +40,12 @@ use crate::live::{LiveFile, Slot};
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 const BLOCK: u64 = 4096;
 
-/// Writes a checkpoint if there is anything to write and nobody else is at it.
+/// Writes a checkpoint if there is anything to write and nobody else is at it. Also for an open that
+/// stores nothing itself: what others left is on its way to the disk.
 pub fn write(core: &Core, patience: Duration) {
     let due = |live: &LiveFile| live.is_dirty() || live.is_checkpointing();
     let (Some(live), Some(slot)) = (core.active(), core.slot()) else { return };
-    if !core.populates() || !due(live) {
+    if !due(live) {
         return;
     }
     let result = match core.image.lock_checkpoint(patience) {
@@ -63,10 +64,12 @@ pub fn write(core: &Core, patience: Duration) {
 }
 
 /// The checkpoint of a process that leaves. Where others stay it does not wait for one of theirs:
-/// they will do what is left.
+/// they will do what is left. And it looks again afterwards, since one of them may have left without,
+/// counting on this process.
 pub fn last(core: &Core) {
     let others = core.image.is_used().unwrap_or(false);
     write(core, if others { Duration::ZERO } else { CLOSE_PATIENCE });
+    write(core, Duration::ZERO);
 }
 
 /// What a checkpoint is about to write.

@@ -47,6 +47,8 @@ pub struct Core {
     /// End of the current pause in storing, in milliseconds since `started`.
     paused_until: AtomicU64,
     started: Instant,
+    /// Since when something is being stored, in milliseconds since `started` and one; zero for not.
+    storing_since: AtomicU64,
     /// Clusters of the file that were handed out to this process and not used.
     pub spare: Mutex<Vec<u64>>,
     /// The data that this open has held against its checksums.
@@ -73,6 +75,7 @@ impl Core {
             off: AtomicBool::new(false),
             paused_until: AtomicU64::new(0),
             started: Instant::now(),
+            storing_since: AtomicU64::new(0),
             spare: Mutex::default(),
             latency: AtomicU64::new(0),
             complained: OnceLock::new(),
@@ -133,7 +136,8 @@ impl Core {
     /// The name under which to claim, where storing makes sense now.
     pub fn claimant(&self) -> Option<Owner> {
         let live = self.live()?;
-        (self.populate && !live.space().is_full() && !self.is_paused()).then(|| self.owner())?
+        let makes_sense = !live.space().is_full() && !self.is_paused() && !self.is_stuck();
+        (self.populate && makes_sense).then(|| self.owner())?
     }
 
     /// The name under which this open claims, whether it makes sense now or not.
@@ -223,6 +227,19 @@ impl Core {
     fn is_paused(&self) -> bool {
         let until = self.paused_until.load(Ordering::Relaxed);
         until != 0 && (self.started.elapsed().as_millis() as u64) < until
+    }
+
+    /// Notes that storing something begins or has ended.
+    pub fn set_storing(&self, now: bool) {
+        let since = if now { self.started.elapsed().as_millis() as u64 + 1 } else { 0 };
+        self.storing_since.store(since, Ordering::Relaxed);
+    }
+
+    /// Whether storing has been at the same thing for too long: the image's disk does not answer.
+    pub fn is_stuck(&self) -> bool {
+        let since = self.storing_since.load(Ordering::Relaxed);
+        let stuck = since + PATIENCE.start().as_millis() as u64;
+        since != 0 && self.started.elapsed().as_millis() as u64 > stuck
     }
 
     /// Makes sure that a cluster has a map entry; where that fails storing pauses.

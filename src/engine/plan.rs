@@ -307,6 +307,10 @@ impl Planner<'_> {
                 },
             };
             let owner = held.owner();
+            if self.core.owner() == Some(owner) && self.core.is_stuck() {
+                // The bytes came long ago and cannot be stored; the base has them.
+                return Some(Step::Base);
+            }
             if !live.slot(owner.slot()).is_stalled(owner) {
                 return Some(Step::Wait(Ticket(Waiting::Claim { cluster, subcluster })));
             }

@@ -34,6 +34,9 @@ pub const GROUP_TABLES: u64 = 4096;
 const CHECKSUM_BLOCK: u64 = 4096;
 const CHECKSUM_CLUSTERS: u64 = CHECKSUM_BLOCK / (SUBCLUSTERS as u64 * Checksum::SIZE as u64);
 
+/// How often the account is settled before the quota counts as reached.
+const SETTLE_TRIES: u32 = 3;
+
 /// The checksums of a cluster's subclusters.
 type Checksums = [Checksum; SUBCLUSTERS as usize];
 
@@ -119,6 +122,7 @@ fn run(core: &Core, queue: &Receiver<(Work, Vec<u8>)>, queued: &AtomicU64) {
     for (work, mut data) in queue {
         let bytes = data.len() as u64;
         let counters = core.counters();
+        core.set_storing(true);
         let result = match &work {
             Work::Store(fetch) => store(core, fetch, &mut data).inspect(|stored| {
                 counters.populated_bytes.add(*stored);
@@ -132,6 +136,7 @@ fn run(core: &Core, queue: &Receiver<(Work, Vec<u8>)>, queued: &AtomicU64) {
             core.store_failed(&err);
             counters.dropped_bytes.add(bytes);
         }
+        core.set_storing(false);
         // Claims first, so that waiters do not wait for the accounts.
         drop(work);
         drop(data);
@@ -371,8 +376,20 @@ impl<'a> Store<'a> {
             if let Some(partly) = got {
                 space.give_back(partly);
             }
-            settle(self.core, wanted);
-            got = space.reserve(overhead, bytes, unit, limit);
+            // Somebody else may take in between, and then settling changes nothing.
+            for _ in 0..SETTLE_TRIES {
+                settle(self.core, wanted);
+                got = space.reserve(overhead, bytes, unit, limit);
+                if got == Some(wanted) {
+                    break;
+                }
+                if let Some(partly) = got {
+                    space.give_back(partly);
+                }
+            }
+            if got != Some(wanted) {
+                got = space.reserve(overhead, bytes, unit, limit);
+            }
         }
         self.slot.end_write(wanted - got.unwrap_or(0));
         if got != Some(wanted) && !self.live.has_failed() && !space.set_full(true) {

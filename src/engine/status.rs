@@ -252,7 +252,10 @@ pub fn check_observed(
     }
     let base = BaseState::of(image.header(), image.path());
     if !repair {
-        let scan = verified_scan(&image, progress)?;
+        let mut scan = Scan::read(&image, |_, _| {})?;
+        // Data does not change any more, and a checkpoint need not wait until it is read.
+        drop(lock);
+        scan.verify_data(&image, progress)?;
         return Ok(CheckReport { scan, base, repaired: false });
     }
     let _join = image
@@ -261,7 +264,8 @@ pub fn check_observed(
     if !image.lock_use(Use::Alone, Duration::from_millis(500))? || image.is_read_by_others()? {
         return Err(busy("in use; an image is repaired only when no process has it open"));
     }
-    let scan = verified_scan(&image, progress)?;
+    let mut scan = Scan::read(&image, |_, _| {})?;
+    scan.verify_data(&image, progress)?;
     let wrong = scan.damages != 0 || !scan.leaks.is_empty() || !scan.bad.is_empty();
     if wrong {
         // The live state was made from the damaged tables.
@@ -271,11 +275,4 @@ pub fn check_observed(
         image::repair(&image, &scan)?;
     }
     Ok(CheckReport { scan, base, repaired: wrong })
-}
-
-/// All tables and all cached data of an image.
-fn verified_scan(image: &Image, progress: impl FnMut(u64, u64)) -> Result<Scan> {
-    let mut scan = Scan::read(image, |_, _| {})?;
-    scan.verify_data(image, progress)?;
-    Ok(scan)
 }

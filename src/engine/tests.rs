@@ -460,3 +460,15 @@ fn pool_that_is_dropped_does_what_was_queued() {
     assert_eq!(finished.recv_timeout(HANG), Err(mpsc::RecvTimeoutError::Disconnected));
     assert_eq!(done.load(Ordering::Relaxed), count);
 }
+
+#[test]
+fn leaks_do_not_outlive_an_open_that_stores_nothing() {
+    let (_dir, path) = new_image(None);
+    cut_off_in_checkpoint(&path, MIB);
+    let image = Image::open(&path, Access::ReadWrite).unwrap();
+    image.write_refcounts(image.layout().data, 16, 1).unwrap();
+    let leaked = scan(&path).leaked_clusters();
+    drop(image);
+    drop(Engine::open(&path, &Options { populate: false, ..Options::default() }).unwrap());
+    assert_eq!((leaked, scan(&path).leaked_clusters()), (16, 0));
+}

@@ -24,7 +24,6 @@ use parking_lot::{Condvar, Mutex};
 
 use super::core::Core;
 use super::pool;
-use super::reader::WAIT_LIMIT;
 use crate::live::claim::{Claim, Held, Owner};
 
 /// How often the owners are asked for a sign of life while somebody waits for them.
@@ -102,9 +101,7 @@ impl Waiter {
                 return false;
             }
         }
-        // Fetches of this process itself are on their way; more haste would only fetch twice.
-        let patience = if shared.is_own(owner) { WAIT_LIMIT } else { shared.core.patience() };
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + shared.core.patience();
         state.waits.push(Wait { cluster, subcluster, owner, deadline, wake });
         shared.came.notify_one();
         true
@@ -207,9 +204,9 @@ impl Shared {
     /// late.
     fn is_over(&self, wait: &Wait, now: Instant, pulse: bool) -> bool {
         let Some(claim) = self.claim(wait.cluster, wait.subcluster) else { return true };
-        let Some(held) = claim.holder().filter(|held| held.owner() == wait.owner) else {
-            return true;
-        };
+        // Without the mark it was let go and made again, and nobody would ring for it.
+        let same = |held: &Held| held.owner() == wait.owner && held.is_waited_for();
+        let Some(held) = claim.holder().filter(same) else { return true };
         let late = now >= wait.deadline;
         let dead = pulse && !self.core.is_alive(wait.owner);
         if (late && !self.is_own(wait.owner)) || dead {

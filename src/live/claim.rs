@@ -66,6 +66,11 @@ impl Held {
     pub fn owner(self) -> Owner {
         Owner(self.0 & !WAITERS)
     }
+
+    /// Whether its owner will ring the event when it lets go.
+    pub fn is_waited_for(self) -> bool {
+        self.0 & WAITERS != 0
+    }
 }
 
 /// The claim word of one subcluster.

@@ -11,4 +11,5 @@ mod processes;
 mod random;
 mod rot;
 mod sharing;
+mod slow;
 mod space;

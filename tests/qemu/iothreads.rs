@@ -2,7 +2,7 @@
 
 use crate::lab::{Base, Cache, DISK, Lab, Over, Server, noise};
 use crate::process::{Output, Tool};
-use crate::virtio::{LARGEST, Machine, Queue};
+use crate::virtio::{BATCH, LARGEST, Machine, Queue};
 
 const SYSTEM: &str = "qemu-system-x86_64";
 
@@ -33,7 +33,10 @@ fn telling_of_deadlines(tool: Tool) -> Tool {
 fn assert_once(fetched: u64, said: &Output) {
     let late = said.stderr.lines().filter(|line| line.contains("dead or late")).count();
     println!("{fetched} bytes fetched of {DISK}; {late} deadlines passed");
-    assert!(fetched == DISK as u64 || late > 0, "{fetched} of {DISK}");
+    let twice = fetched - DISK as u64;
+    // One deadline frees all that was claimed at that moment.
+    let most = (late * 2 * BATCH * LARGEST) as u64;
+    assert!(twice <= most, "{twice} bytes twice, {late} deadlines");
 }
 
 fn base(lab: &Lab) -> Base {

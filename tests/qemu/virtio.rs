@@ -22,7 +22,7 @@ const MEMORY: u64 = 64 << 20;
 /// Entries of a queue, as QEMU gives them by default.
 const ENTRIES: u64 = 256;
 /// Requests in a queue at a time; each takes three entries.
-const BATCH: usize = 16;
+pub const BATCH: usize = 16;
 /// Bytes of the largest request.
 pub const LARGEST: usize = 64 << 10;
 /// Memory for each queue: its rings, the requests' heads and status bytes, and their data.
