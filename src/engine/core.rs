@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use super::verify::Seen;
 use super::{Options, Surroundings};
-use crate::image::Image;
+use crate::image::{BaseWatch, Image};
 use crate::live::claim::Owner;
 use crate::live::slot::{Counters, Slot, SlotGuard};
 use crate::live::{LiveFile, sigbus, slot};
@@ -54,6 +54,8 @@ pub struct Core {
     /// The data that this open has held against its checksums.
     pub seen: Seen,
     found_bad: OnceLock<()>,
+    /// The files of the base, once it is known.
+    base: OnceLock<BaseWatch>,
     /// Moving average of the time that reading the base takes, in nanoseconds.
     latency: AtomicU64,
     complained: OnceLock<()>,
@@ -66,6 +68,7 @@ impl Core {
             surroundings: options.surroundings.clone(),
             seen: Seen::new(image.geometry()),
             found_bad: OnceLock::new(),
+            base: OnceLock::new(),
             image,
             populate: options.populate,
             live: OnceLock::new(),
@@ -118,7 +121,8 @@ impl Core {
             return None;
         }
         if live.has_failed() {
-            self.bypass(why_failed(live));
+            let changed = self.base.get().and_then(BaseWatch::change);
+            self.bypass(changed.as_deref().unwrap_or(why_failed(live)));
             return None;
         }
         Some(live)
@@ -192,6 +196,25 @@ impl Core {
         if let Some(live) = self.live() {
             live.fail();
         }
+    }
+
+    /// From now on the base is looked at. Once.
+    pub fn watch_base(&self, base: BaseWatch) {
+        if self.base.set(base).is_err() {
+            log::error!("{}: the base was opened twice", self.image.path().display());
+        }
+    }
+
+    /// Looks whether the base is what it was when it was opened. What was read from it before may be
+    /// stored if so; otherwise the cache is given up.
+    pub fn is_base_same(&self) -> bool {
+        let Some(how) = self.base.get().and_then(BaseWatch::change) else { return true };
+        // The same file for everybody, if its identity was noted.
+        match self.image.header().cache.base.local {
+            Some(_) => self.fail(&how),
+            None => self.bypass(&how),
+        }
+        false
     }
 
     /// Notes that storing failed: it pauses, and the first time is worth a line.

@@ -1,6 +1,7 @@
 //! The keeper: a thread that looks every few seconds whether there is something to write into the
-//! image's tables, left by this process or by one that died, and writes a checkpoint if so; and that
-//! tries again to join where that was not possible at opening.
+//! image's tables, left by this process or by one that died, and writes a checkpoint if so; that
+//! tries again to join where that was not possible at opening; and that looks whether the base was
+//! changed.
 //!
 //! Used by `Engine`.
 
@@ -21,23 +22,35 @@ const STACK: usize = 256 << 10;
 /// The thread, as long as it is wanted.
 #[derive(Debug)]
 pub struct Keeper {
+    core: Arc<Core>,
+    interval: Duration,
     stopping: Arc<(Mutex<bool>, Condvar)>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Keeper {
-    /// Looks at the usual interval, or another one.
-    pub fn start(core: Arc<Core>, interval: Option<Duration>) -> Self {
-        let stopping = Arc::new((Mutex::new(false), Condvar::new()));
-        let thread = if core.populates() || core.may_join_later() {
-            let stopping = Arc::clone(&stopping);
-            pool::start("vmcache-keep", STACK, move || {
-                run(&core, &stopping, interval.unwrap_or(INTERVAL));
-            })
-        } else {
-            None
+    /// Looks at the usual interval, or another one, if there is anything to look at.
+    pub fn new(core: Arc<Core>, interval: Option<Duration>) -> Self {
+        let keeper = Keeper {
+            core,
+            interval: interval.unwrap_or(INTERVAL),
+            stopping: Arc::new((Mutex::new(false), Condvar::new())),
+            thread: Mutex::new(None),
         };
-        Keeper { stopping, thread: Mutex::new(thread) }
+        if keeper.core.populates() || keeper.core.may_join_later() {
+            keeper.start();
+        }
+        keeper
+    }
+
+    /// Starts the thread if it does not run.
+    pub fn start(&self) {
+        let mut thread = self.thread.lock();
+        if thread.is_none() && !*self.stopping.0.lock() {
+            let (core, stopping) = (Arc::clone(&self.core), Arc::clone(&self.stopping));
+            let interval = self.interval;
+            *thread = pool::start("vmcache-keep", STACK, move || run(&core, &stopping, interval));
+        }
     }
 
     /// Ends the thread, after the checkpoint it may be writing.
@@ -63,6 +76,7 @@ fn run(core: &Core, (stopping, wake): &(Mutex<bool>, Condvar), interval: Duratio
                 if core.may_join_later() {
                     join::join_late(core);
                 }
+                core.is_base_same();
                 checkpoint::write(core, Duration::ZERO);
             });
         }

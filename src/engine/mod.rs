@@ -18,6 +18,7 @@
 //!
 //! Used by `qemu` and the command line; uses `image`, `live`, `format`, `lock` and `error`.
 
+mod base;
 mod checkpoint;
 mod core;
 mod join;
@@ -37,9 +38,10 @@ use std::time::{Duration, Instant};
 
 use crate::error::Result;
 use crate::format::{ByteRange, Header};
-use crate::image::{self, BaseState, Image, Observer};
+use crate::image::{Image, Observer};
 use crate::live::slot::Counters;
 
+pub use self::base::OpenBase;
 use self::core::Core;
 use keeper::Keeper;
 pub use plan::{Fetch, Part, Plan, Presence, Step, Ticket};
@@ -101,7 +103,7 @@ impl Engine {
             pool: Pool::default(),
             populator: Populator::new(Arc::clone(&core), options.queue_bytes),
             waiter: Waiter::new(Arc::clone(&core)),
-            keeper: Keeper::start(Arc::clone(&core), options.surroundings.checkpoint_interval),
+            keeper: Keeper::new(Arc::clone(&core), options.surroundings.checkpoint_interval),
             core,
         })
     }
@@ -134,35 +136,6 @@ impl Engine {
     /// Whether the cache was given up for good.
     pub fn is_bypassed(&self) -> bool {
         self.core.is_off()
-    }
-
-    /// Holds a base of `size` bytes, and the local file that it is if it is one, against what the
-    /// cache was made from.
-    pub fn check_base(&self, size: u64, file: Option<&Path>) -> BaseState {
-        match BaseState::of_size(self.header(), size) {
-            BaseState::Same => BaseState::of_file(self.header(), file),
-            other => other,
-        }
-    }
-
-    /// Holds a sample of the base against the one that the first reader noted, or notes it. The
-    /// base is read by the caller's `read`, a few blocks of it; where that fails nothing is known.
-    pub fn check_base_content(
-        &self,
-        read: impl FnMut(&mut [u8], u64) -> std::io::Result<()>,
-    ) -> BaseState {
-        let header = self.header();
-        let Ok(sample) = image::sample_base(header.geometry.virtual_size(), read) else {
-            return BaseState::Unknown;
-        };
-        let _writes = NoFileSizeSignal::new();
-        if header.cache.base.sample.is_none()
-            && self.core.populates()
-            && let Err(err) = self.core.image.write_sample(sample)
-        {
-            log::warn!("{err}; a base that changes may go unnoticed");
-        }
-        BaseState::of_sample(header, sample)
     }
 
     /// Plans a read of a range within the disk. Claims what nobody has and nobody is fetching.

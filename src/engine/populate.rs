@@ -124,6 +124,11 @@ fn run(core: &Core, queue: &Receiver<(Work, Vec<u8>)>, queued: &AtomicU64) {
         let counters = core.counters();
         core.set_storing(true);
         let result = match &work {
+            // Nothing of a changed base may get into the image. It was read before this look.
+            _ if !core.is_base_same() => {
+                counters.dropped_bytes.add(bytes);
+                Ok(0)
+            }
             Work::Store(fetch) => store(core, fetch, &mut data).inspect(|stored| {
                 counters.populated_bytes.add(*stored);
                 counters.dropped_bytes.add(bytes.saturating_sub(*stored));

@@ -5,7 +5,8 @@
 //! Used by `image`.
 
 use super::extension::{
-    CACHE_EXTENSION, CACHE_EXTENSION_LEN, CHECKPOINTS_AT, HEADER_CRC_AT, Reader,
+    CACHE_EXTENSION, CACHE_EXTENSION_LEN, CACHE_EXTENSION_USED, CHECKPOINTS_AT, HEADER_CRC_AT,
+    Reader,
 };
 use super::layout::REFCOUNT_ORDER;
 use super::{BaseIdentity, CacheExtension, Geometry, HostOffset, Layout};
@@ -85,13 +86,13 @@ impl Header {
         HostOffset((self.cache_at + CHECKPOINTS_AT) as u64)
     }
 
-    /// What to write, and where, to note the sample of the base in the header: a part of one
-    /// sector, without the number of checkpoints, which others may be writing.
-    pub fn sample_note(&self, sample: [u8; 32]) -> (HostOffset, Vec<u8>) {
-        let base = BaseIdentity { sample: Some(sample), ..self.cache.base };
+    /// What to write, and where, to note in the header what is known of the base: a part of one
+    /// sector. It has the number of checkpoints in it, as it is in this header.
+    pub fn base_note(&self, base: BaseIdentity) -> (HostOffset, Vec<u8>) {
         let cache = CacheExtension { base, ..self.cache.clone() };
         let bytes = Header { cache, ..self.clone() }.encode();
-        let noted = bytes.get(self.cache_at..self.cache_at + CHECKPOINTS_AT).unwrap_or_default();
+        let end = self.cache_at + CACHE_EXTENSION_USED;
+        let noted = bytes.get(self.cache_at..end).unwrap_or_default();
         (HostOffset(self.cache_at as u64), noted.to_vec())
     }
 

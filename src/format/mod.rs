@@ -14,7 +14,7 @@ mod l2;
 mod layout;
 
 pub use checksum::Checksum;
-pub use extension::{BaseIdentity, CacheExtension};
+pub use extension::{BaseChange, BaseIdentity, CacheExtension};
 pub use geometry::{ByteRange, Geometry, GuestOffset, HostOffset, SECTOR, SUBCLUSTERS};
 pub use header::{HEADER_MAX, Header};
 pub use l2::{L2Entry, SubclusterBits};

@@ -15,7 +15,11 @@ fn cache_extension() -> CacheExtension {
     CacheExtension {
         quota: Some(200 << 20),
         uuid: [7; 16],
-        base: BaseIdentity { local: Some((-5, 123_456_789, 42)), sample: Some([9; 32]) },
+        base: BaseIdentity {
+            local: Some((-5, 123_456_789, 42)),
+            sample: Some([9; 32]),
+            changed: Some(BaseChange::Data(u64::MAX - 4095)),
+        },
         checkpoints: 17,
     }
 }
@@ -54,15 +58,22 @@ fn header_reads_back_as_it_was_written() {
 }
 
 #[test]
-fn sample_noted_in_place_leaves_a_header_that_reads_back() {
+fn what_is_noted_of_the_base_in_place_leaves_a_header_that_reads_back() {
     let geometry = Geometry::new(17, 4 << 30).unwrap();
     let cache = CacheExtension { base: BaseIdentity::default(), ..cache_extension() };
     let written = Header::new(geometry, "base.raw", "raw", cache).unwrap();
     let mut bytes = written.encode();
-    let (at, note) = written.sample_note([3; 32]);
+    let base = BaseIdentity { changed: Some(BaseChange::Whole), ..cache_extension().base };
+    let (at, note) = written.base_note(base);
     bytes[at.0 as usize..][..note.len()].copy_from_slice(&note);
     let read = Header::decode(&bytes, file_len(&geometry)).unwrap();
-    assert_eq!(read.cache.base.sample, Some([3; 32]));
+    assert_eq!((read.cache.base, read.cache.checkpoints), (base, 17));
+}
+
+#[test]
+fn a_note_of_the_base_lies_within_one_sector() {
+    let (at, note) = header(Geometry::new(17, 4 << 30).unwrap()).base_note(BaseIdentity::default());
+    assert_eq!(at.0 / SECTOR, (at.0 + note.len() as u64 - 1) / SECTOR);
 }
 
 #[test]

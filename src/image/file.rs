@@ -35,7 +35,9 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use super::create::set_final_length;
 use super::disk::{Disk, Observer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Checksum, Geometry, HEADER_MAX, Header, HostOffset, L2Entry, Layout};
+use crate::format::{
+    BaseIdentity, Checksum, Geometry, HEADER_MAX, Header, HostOffset, L2Entry, Layout,
+};
 use crate::lock::{LockKind, is_held_against, lock_within, try_lock};
 
 const QEMU_PERM_BASE: u64 = 100;
@@ -107,9 +109,7 @@ impl Image {
             lock_as_qemu_reader(&file, &path)?;
         }
         skip_access_times(&file);
-        let mut bytes = vec![0; HEADER_MAX.min(meta.len() as usize)];
-        file.read_exact_at(&mut bytes, 0).map_err(|err| Error::io("read", &path, &err))?;
-        let header = Header::decode(&bytes, meta.len()).map_err(|err| err.on(&path))?;
+        let header = read_header(&file, &path)?;
         let layout = Layout::new(&header.geometry);
         Ok(Image { path, disk: Disk::new(file, observer), header, layout })
     }
@@ -296,10 +296,16 @@ impl Image {
         self.write(&layout.encode_l1_table(), layout.offset(layout.l1_table))
     }
 
-    /// Notes the sample of the base in the header.
-    pub fn write_sample(&self, sample: [u8; 32]) -> Result<()> {
-        let (at, bytes) = self.header.sample_note(sample);
+    /// Notes in the header on disk what is known of the base: what `update` makes of what it has.
+    /// Under the checkpoint lock, or alone: the number of checkpoints is written along.
+    pub fn update_base(&self, update: impl FnOnce(BaseIdentity) -> BaseIdentity) -> Result<()> {
+        let header = self.read_header()?;
+        let (at, bytes) = header.base_note(update(header.cache.base));
         self.write(&bytes, at)
+    }
+
+    fn read_header(&self) -> Result<Header> {
+        read_header(self.file(), &self.path)
     }
 
     /// Notes the number of checkpoints in the header.
@@ -364,6 +370,13 @@ impl Image {
     fn lock_error(&self, err: &io::Error) -> Error {
         Error::io("lock", &self.path, err)
     }
+}
+
+fn read_header(file: &File, path: &Path) -> Result<Header> {
+    let len = file.metadata().map_err(|err| Error::io("examine", path, &err))?.len();
+    let mut bytes = vec![0; HEADER_MAX.min(len as usize)];
+    file.read_exact_at(&mut bytes, 0).map_err(|err| Error::io("read", path, &err))?;
+    Header::decode(&bytes, len).map_err(|err| err.on(path))
 }
 
 /// Checksums from their bytes in the file.

@@ -1,13 +1,43 @@
 //! What the base was when the cache was made, held against what it is now.
 //!
-//! Used by the command line at creation and by `engine` at every open.
+//! Used by the command line at creation and by `engine` at every open and while the cache is in use.
+//!
+//! # What is noticed, and when
+//!
+//! A mix is an answer in which one byte is of one state of the base and another byte is of another.
+//! QEMU itself gives mixes on a base that is written to while it reads. The cache promises that it
+//! adds none of its own: it stores bytes of one state only, and it does not serve them beside bytes
+//! of another state from the moment on that it can tell the two apart.
+//!
+//! - *Between two opens*: the size as QEMU sees it; for a regular file the modification time and the
+//!   inode; a hash over 13 blocks of 512 bytes, read through QEMU, whatever the base is; and a few
+//!   blocks of what is cached, chosen anew by each open, held against the base ([`PROBES`]). The open
+//!   that finds a difference serves nothing from the cache. A change that keeps size and times and
+//!   that touches neither the 13 blocks nor the ones chosen goes unnoticed by that open; if it touched
+//!   a share `f` of what is cached, `n` opens miss it with probability `(1 - f)^(4n)`.
+//! - *In use, a base of regular files* ([`BaseWatch`]): size and modification time of the files that
+//!   QEMU reads, looked at after each read of the base before anything of it is stored, and every
+//!   few seconds. The kernel sets the time before it changes a byte, so nothing of the new state is ever
+//!   stored. Until the next look, at most five seconds or the next miss, hits are of the old state.
+//!   A time that is set back before the next look hides the change, as it does from anybody. Through a
+//!   network mount the times may be as old as its attribute cache.
+//! - *In use, any other base* (`nfs://`, NBD, a block device): nothing, until the next open of
+//!   the same image; that one stops all others on the node.
+//!
+//! A file that was deleted or replaced under its name is still what QEMU has open, and goes on being
+//! cached for those who have it.
+//!
+//! What only a reading of the base shows is noted in the image's header, for those who cannot read
+//! it (`vmcache info`, `vmcache check`), and taken back by the open that finds the base right again.
 
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use super::{Access, Image};
 use crate::format::{BaseIdentity, Header, SECTOR};
 
 /// A base that is a file this machine can look at, as opposed to a URL or a `json:` name.
@@ -35,7 +65,7 @@ impl BaseFile {
         &self.path
     }
 
-    /// Modification time and inode now, for a regular file.
+    /// Modification time and inode now, for a regular file whose time says something.
     pub fn local_identity(&self) -> io::Result<Option<(i64, u32, u64)>> {
         local_identity(&self.path)
     }
@@ -43,7 +73,60 @@ impl BaseFile {
 
 fn local_identity(path: &Path) -> io::Result<Option<(i64, u32, u64)>> {
     let meta = path.metadata()?;
-    Ok(meta.is_file().then(|| (meta.mtime(), meta.mtime_nsec() as u32, meta.ino())))
+    let tells = meta.is_file() && !is_cache(path);
+    Ok(tells.then(|| (meta.mtime(), meta.mtime_nsec() as u32, meta.ino())))
+}
+
+/// Whether a file is a cache image itself, which is written to all the time and shows the same.
+fn is_cache(path: &Path) -> bool {
+    Image::open(path, Access::Header).is_ok()
+}
+
+/// The regular files that a base in use consists of, and what they were when it was opened.
+#[derive(Debug)]
+pub struct BaseWatch {
+    files: Vec<Watched>,
+}
+
+#[derive(Debug)]
+struct Watched {
+    path: PathBuf,
+    file: File,
+    was: (u64, i64, i64),
+}
+
+impl BaseWatch {
+    /// Watches those of some files that can be watched.
+    pub fn new(paths: impl IntoIterator<Item = PathBuf>) -> Self {
+        let watched = |path: PathBuf| {
+            // Needs no permission and takes no lock; it stays the same file under any name.
+            let flags = libc::O_PATH | libc::O_CLOEXEC;
+            let file = OpenOptions::new().read(true).custom_flags(flags).open(&path).ok()?;
+            let meta = file.metadata().ok()?;
+            let was = stamp(&meta);
+            (meta.is_file() && !is_cache(&path)).then_some(Watched { path, file, was })
+        };
+        BaseWatch { files: paths.into_iter().filter_map(watched).collect() }
+    }
+
+    /// Whether there is anything to watch.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// How it shows that one of them was changed, if it does.
+    pub fn change(&self) -> Option<String> {
+        self.files.iter().find_map(|watched| match watched.file.metadata() {
+            Ok(meta) if stamp(&meta) == watched.was => None,
+            Ok(_) => Some(format!("the base was modified in use ('{}')", watched.path.display())),
+            Err(err) => Some(format!("'{}': {err}", watched.path.display())),
+        })
+    }
+}
+
+fn stamp(meta: &std::fs::Metadata) -> (u64, i64, i64) {
+    // Not the time of the last change of anything: labels and owners are changed at each start.
+    (meta.len(), meta.mtime(), meta.mtime_nsec())
 }
 
 /// What holding the base against its recorded identity showed.
@@ -59,6 +142,10 @@ pub enum BaseState {
 
 /// Bytes of each sampled block: every open reads all of them, so they are few and small.
 const SAMPLE_BLOCK: u64 = 512;
+/// How many cached subclusters each open holds against the base.
+pub const PROBES: usize = 4;
+/// Bytes of each that are read from the base, at the most.
+pub const PROBE_BYTES: u64 = 1024;
 /// Sampled blocks that are spread over the disk.
 const SPREAD: u64 = 8;
 
@@ -92,8 +179,19 @@ impl BaseState {
         }
     }
 
-    /// Compares what of the identity can be seen from the filesystem, under the header's name.
+    /// What can be said without reading the base: what of its identity the filesystem shows under
+    /// the header's name, and what those who read it have noted.
     pub fn of(header: &Header, image: &Path) -> Self {
+        match (Self::seen(header, image), header.cache.base.changed) {
+            (BaseState::Same | BaseState::Unknown, Some(_)) => BaseState::Changed(
+                "the base was not what the cache was made from when it was last read".to_owned(),
+            ),
+            (seen, _) => seen,
+        }
+    }
+
+    /// Compares what of the identity can be seen from the filesystem, under the header's name.
+    pub fn seen(header: &Header, image: &Path) -> Self {
         let base = BaseFile::resolve(&header.backing_file, image);
         Self::of_file(header, base.as_ref().map(BaseFile::path))
     }
@@ -146,6 +244,6 @@ impl BaseState {
 /// The identity of a base at creation.
 impl From<Option<(i64, u32, u64)>> for BaseIdentity {
     fn from(local: Option<(i64, u32, u64)>) -> Self {
-        BaseIdentity { local, sample: None }
+        BaseIdentity { local, ..BaseIdentity::default() }
     }
 }

@@ -18,7 +18,7 @@ mod scan;
 pub use create::{CreateOptions, create};
 pub use disk::{Observer, Operation};
 pub use file::{Access, Image, Use, decode_checksums};
-pub use identity::{BaseFile, BaseState, sample_base};
+pub use identity::{BaseFile, BaseState, BaseWatch, PROBE_BYTES, PROBES, sample_base};
 pub use repair::{discard_unused, free_leaks, repair};
 pub use scan::{Leak, Scan};
 

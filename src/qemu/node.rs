@@ -4,16 +4,16 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_int};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::call::{field, path, set_string_field, string_field, take_choice};
 use super::layout::{verify_backing, verify_file, verify_open};
 use super::symbols::{BdrvChild, BlockDriverState, QDict, QemuError};
 use super::{Api, api};
-use crate::engine::{Engine, Options};
+use crate::engine::{Engine, OpenBase, Options};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::BaseState;
+use crate::image::{BaseFile, BaseState};
 
 const READ_ONLY: &CStr = c"vmcache is read-only: put an overlay on top of it \
     (driver=qcow2 with backing.driver=vmcache,backing.file.filename=CACHE), or add snapshot=on \
@@ -119,33 +119,39 @@ impl Node {
     /// `child` must be the node's backing child; main thread, outside coroutines.
     unsafe fn check_base(&mut self, api: &Api, child: *mut BdrvChild, bypass: bool) -> Result<()> {
         // SAFETY: a live child and the node under it (caller).
-        let (base, size, file) = unsafe {
+        let (base, size, files) = unsafe {
             let base = field::<_, *mut BlockDriverState>(child, api.layout.child_bs).read();
-            (base, (api.symbols.bdrv_getlength)(base), local_file(api, base))
+            (base, (api.symbols.bdrv_getlength)(base), Files::of(api, base))
         };
         self.base = base;
         let size = u64::try_from(size).map_err(|_| {
             let err = std::io::Error::from_raw_os_error(-size as i32);
             Error::new(ErrorKind::Io, format!("could not get the length of the base: {err}"))
         })?;
-        let mut state = self.engine.check_base(size, file.as_deref());
-        if !matches!(state, BaseState::Changed(_)) && !self.engine.is_bypassed() {
-            state = self.engine.check_base_content(|buf, offset| {
-                // SAFETY: the child (caller); the buffer has `buf.len()` bytes and outlives the
-                // read.
-                let ret = unsafe {
-                    let (at, len) = (offset as i64, buf.len() as i64);
-                    (api.symbols.bdrv_pread)(child, at, len, buf.as_mut_ptr().cast(), 0)
-                };
-                if ret < 0 { Err(std::io::Error::from_raw_os_error(-ret)) } else { Ok(()) }
-            });
-        }
+        let engine = &self.engine;
+        // Before it is read, so that no change falls in between.
+        engine.watch_base(files.all);
+        let is_named = is_named(engine, &files.name);
+        let file = path(&files.name);
+        // A URL is no path that exists.
+        let file = file.is_file().then_some(file.as_path());
+        let state = engine.check_base(&OpenBase { size, file, is_named }, |buf, offset| {
+            // SAFETY: the child (caller); the buffer has `buf.len()` bytes and outlives the read.
+            let ret = unsafe {
+                let (at, len) = (offset as i64, buf.len() as i64);
+                (api.symbols.bdrv_pread)(child, at, len, buf.as_mut_ptr().cast(), 0)
+            };
+            if ret < 0 { Err(std::io::Error::from_raw_os_error(-ret)) } else { Ok(()) }
+        });
         let BaseState::Changed(how) = state else { return Ok(()) };
         let what = format!("{how}; make a new cache with 'vmcache create --force'");
         if !bypass {
-            return Err(Error::new(ErrorKind::Stale, what).on(self.engine.image().path()));
+            // In this order: the error says it, no line of log has to.
+            engine.close();
+            engine.base_changed(&what, is_named);
+            return Err(Error::new(ErrorKind::Stale, what).on(engine.image().path()));
         }
-        self.engine.bypass(&what);
+        engine.base_changed(&what, is_named);
         self.length = size;
         Ok(())
     }
@@ -207,20 +213,57 @@ fn told(ret: c_int) -> std::result::Result<(), OpenError> {
     if ret < 0 { Err(OpenError::Told(ret)) } else { Ok(()) }
 }
 
-/// The name of a node's file if it is one of the host's, opened by QEMU's `file` driver, perhaps
-/// under format drivers.
-///
-/// # Safety
-/// `bs` must be a live node; main thread, outside coroutines.
-unsafe fn local_file(api: &Api, bs: *mut BlockDriverState) -> Option<PathBuf> {
-    // SAFETY: a live node (caller); the layout is verified; the graph is locked as QEMU asks.
-    let name = unsafe {
-        api.with_graph_locked(|| (api.symbols.bdrv_refresh_filename)(bs));
-        string_field(bs, api.layout.bs_exact_filename)
-    };
-    let path = path(&name);
-    // A URL is no path that exists.
-    path.is_file().then_some(path)
+/// What a base consists of.
+struct Files {
+    /// What QEMU calls it.
+    name: String,
+    /// The files of this host that are read for it, those of its own backing files among them.
+    all: Vec<PathBuf>,
+}
+
+impl Files {
+    /// # Safety
+    /// `base` must be a live node; main thread, outside coroutines.
+    unsafe fn of(api: &Api, base: *mut BlockDriverState) -> Self {
+        let layout = &api.layout;
+        // SAFETY: a live node (caller); it refreshes those below it first.
+        unsafe { api.with_graph_locked(|| (api.symbols.bdrv_refresh_filename)(base)) };
+        let mut files = Files {
+            // SAFETY: the same; the layout is verified.
+            name: unsafe { string_field(base, layout.bs_exact_filename) },
+            all: Vec::new(),
+        };
+        let mut nodes = vec![base];
+        while let Some(node) = nodes.pop() {
+            // SAFETY: a live node, and its children, which the main thread alone changes.
+            let (children, name) = unsafe {
+                let child = |offset| {
+                    let child = field::<_, *mut BdrvChild>(node, offset).read();
+                    (!child.is_null())
+                        .then(|| field::<_, *mut BlockDriverState>(child, layout.child_bs).read())
+                };
+                let children = [child(layout.bs_file), child(layout.bs_backing)];
+                (children, string_field(node, layout.bs_exact_filename))
+            };
+            let path = path(&name);
+            if children == [None, None] && path.is_file() {
+                files.all.push(path);
+            }
+            nodes.extend(children.into_iter().flatten());
+        }
+        files
+    }
+}
+
+/// Whether a base that QEMU calls `name` is the one that the image names.
+fn is_named(engine: &Engine, name: &str) -> bool {
+    let wanted = &engine.header().backing_file;
+    let file = BaseFile::resolve(wanted, engine.image().path());
+    let real = |path: &Path| path.canonicalize().ok();
+    match file.and_then(|file| real(file.path())) {
+        Some(file) => real(&path(name)) == Some(file),
+        None => name == wanted,
+    }
 }
 
 /// The path of the cache image.

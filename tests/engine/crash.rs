@@ -42,7 +42,7 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use vmcache::engine::{Engine, Options, Presence, Reader, Surroundings, check_observed};
+use vmcache::engine::{Engine, OpenBase, Options, Presence, Reader, Surroundings, check_observed};
 use vmcache::format::{ByteRange, Geometry, Layout};
 use vmcache::image::{Access, Image};
 
@@ -144,7 +144,8 @@ impl Scene {
 
     fn note_sample(&self, node: &Node) {
         let content = &self.fixture.content;
-        node.reader.engine().check_base_content(|buf, offset| {
+        let base = OpenBase { size: content.len() as u64, file: None, is_named: true };
+        node.reader.engine().check_base(&base, |buf, offset| {
             buf.copy_from_slice(&content[offset as usize..][..buf.len()]);
             Ok(())
         });

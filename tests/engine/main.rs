@@ -3,6 +3,7 @@
 //!
 //! Needs `qemu-img` and `qemu-io`. Tests that depend on chance print their seed when they fail.
 
+mod base;
 mod child;
 mod crash;
 mod fixture;

@@ -10,7 +10,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use vmcache::engine::{Engine, Options, Reader, Surroundings, check};
+use vmcache::engine::{Engine, OpenBase, Options, Reader, Surroundings, check};
 use vmcache::format::{ByteRange, Layout};
 use vmcache::image::BaseState;
 
@@ -159,7 +159,8 @@ impl<'a> Checker<'a> {
             Ok(())
         };
         let reader = Reader::new(Arc::new(engine), base);
-        let sample = reader.engine().check_base_content(|buf, offset| {
+        let base = OpenBase { size: content.len() as u64, file: None, is_named: true };
+        let sample = reader.engine().check_base(&base, |buf, offset| {
             buf.copy_from_slice(&content[offset as usize..][..buf.len()]);
             Ok(())
         });

@@ -4,7 +4,9 @@
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use vmcache::format::{BaseIdentity, CacheExtension, Geometry, HEADER_MAX, Header, Layout};
+use vmcache::format::{
+    BaseChange, BaseIdentity, CacheExtension, Geometry, HEADER_MAX, Header, Layout,
+};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -29,6 +31,7 @@ enum Start {
         quota: Option<u64>,
         local: Option<(i64, u32, u64)>,
         sample: Option<[u8; 32]>,
+        changed: Option<Option<u64>>,
         checkpoints: u64,
     },
 }
@@ -46,11 +49,13 @@ impl Start {
                 quota,
                 local,
                 sample,
+                changed,
                 checkpoints,
             } => {
                 let size = sectors.checked_mul(512)?;
                 let geometry = Geometry::new(14 + u32::from(cluster_bits % 8), size).ok()?;
-                let base = BaseIdentity { local, sample };
+                let changed = changed.map(|at| at.map_or(BaseChange::Whole, BaseChange::Data));
+                let base = BaseIdentity { local, sample, changed };
                 let cache = CacheExtension { quota, uuid: [7; 16], base, checkpoints };
                 let header = Header::new(geometry, &backing_file, &backing_format, cache).ok()?;
                 let layout = Layout::new(&geometry);
@@ -73,8 +78,8 @@ fuzz_target!(|input: Input| {
     let Ok(header) = Header::decode(&bytes, file_len) else { return };
 
     assert!(header.checkpoints_offset().0 + 8 <= bytes.len() as u64);
-    let (at, note) = header.sample_note([7; 32]);
-    assert!(at.0 + note.len() as u64 <= header.checkpoints_offset().0);
+    let (at, note) = header.base_note(BaseIdentity::default());
+    assert!(at.0 + note.len() as u64 <= bytes.len() as u64);
     if !header.trusted {
         return;
     }
