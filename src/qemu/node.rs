@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_int};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::call::{field, path, set_string_field, string_field, take_choice};
@@ -13,7 +13,7 @@ use super::symbols::{BdrvChild, BlockDriverState, QDict, QemuError};
 use super::{Api, api};
 use crate::engine::{Engine, OpenBase, Options};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{BaseFile, BaseState};
+use crate::image::BaseState;
 
 const READ_ONLY: &CStr = c"vmcache is read-only: put an overlay on top of it \
     (driver=qcow2 with backing.driver=vmcache,backing.file.filename=CACHE), or add snapshot=on \
@@ -107,7 +107,7 @@ impl Node {
             // SAFETY: verified above, and the backing file was opened just now.
             if let Some(child) = unsafe { verify_backing(api, bs) }? {
                 // SAFETY: a child of the node being opened.
-                unsafe { node.check_base(api, child, bypass) }?;
+                unsafe { node.check_base(api, bs, child, bypass) }?;
             }
         }
         Ok(node)
@@ -116,8 +116,14 @@ impl Node {
     /// Holds the base against what the cache was made from.
     ///
     /// # Safety
-    /// `child` must be the node's backing child; main thread, outside coroutines.
-    unsafe fn check_base(&mut self, api: &Api, child: *mut BdrvChild, bypass: bool) -> Result<()> {
+    /// `bs` must be this node and `child` its backing child; main thread, outside coroutines.
+    unsafe fn check_base(
+        &mut self,
+        api: &Api,
+        bs: *mut BlockDriverState,
+        child: *mut BdrvChild,
+        bypass: bool,
+    ) -> Result<()> {
         // SAFETY: a live child and the node under it (caller).
         let (base, size, files) = unsafe {
             let base = field::<_, *mut BlockDriverState>(child, api.layout.child_bs).read();
@@ -131,7 +137,10 @@ impl Node {
         let engine = &self.engine;
         // Before it is read, so that no change falls in between.
         engine.watch_base(files.all);
-        let is_named = is_named(engine, &files.name);
+        // QEMU takes the name of the base over where no option has put another one in its place.
+        // SAFETY: this node (caller).
+        let implicit = unsafe { string_field(bs, api.layout.bs_auto_backing_file) };
+        let is_named = files.name == implicit;
         let file = path(&files.name);
         // A URL is no path that exists.
         let file = file.is_file().then_some(file.as_path());
@@ -252,17 +261,6 @@ impl Files {
             nodes.extend(children.into_iter().flatten());
         }
         files
-    }
-}
-
-/// Whether a base that QEMU calls `name` is the one that the image names.
-fn is_named(engine: &Engine, name: &str) -> bool {
-    let wanted = &engine.header().backing_file;
-    let file = BaseFile::resolve(wanted, engine.image().path());
-    let real = |path: &Path| path.canonicalize().ok();
-    match file.and_then(|file| real(file.path())) {
-        Some(file) => real(&path(name)) == Some(file),
-        None => name == wanted,
     }
 }
 
