@@ -164,7 +164,7 @@ impl<'a> Checker<'a> {
             buf.copy_from_slice(&content[offset as usize..][..buf.len()]);
             Ok(())
         });
-        if sample != BaseState::Same {
+        if matches!(sample, BaseState::Changed(_)) {
             return Err(format!("the sample of the base: {sample:?}"));
         }
         let mut found = vec![0xa5; 128 * KIB as usize];
