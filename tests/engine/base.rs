@@ -172,19 +172,17 @@ fn a_base_that_only_a_reading_shows_to_be_another_is_noted_until_it_is_right_aga
     assert_eq!(state(&fixture), ImageState::Filling);
 }
 
-/// Everything between the sampled places in the first half, where data is cached.
+/// A sixteenth of what is cached, where no sample is taken.
 fn turn_over_between_samples(fixture: &Fixture) {
-    turn_over(fixture, 4 * KIB..MIB);
-    turn_over(fixture, MIB + 4 * KIB..MIB + 512 * KIB);
+    turn_over(fixture, MIB + 64 * KIB..MIB + 320 * KIB);
 }
 
 #[test]
 fn another_base_with_the_same_sample_contradicts_what_is_cached() {
     let fixture = half_warm();
     turn_over_between_samples(&fixture);
-    let opens = (0..64).map(|_| check(&fixture, &fixture.engine()));
-    let changed = opens.filter(is_changed).count();
-    assert!(changed > 8, "noticed by {changed} of 64 opens");
+    let mut opens = (0..100).map(|_| check(&fixture, &fixture.engine()));
+    assert!(opens.any(|state| is_changed(&state)));
 }
 
 #[test]
