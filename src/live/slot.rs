@@ -231,10 +231,11 @@ impl Drop for SlotGuard {
     }
 }
 
-/// Whether a slot has a holder other than this open of the file.
+/// Whether a slot has a holder other than this open of the file. A shared lock, which anybody can
+/// take who may read the file, makes nobody a holder.
 pub fn is_held(file: &File, slot: u32) -> bool {
     // Where the question fails, the answer that costs only a deadline.
-    is_held_against(file, u64::from(slot), LockKind::Exclusive).unwrap_or(true)
+    is_held_against(file, u64::from(slot), LockKind::Shared).unwrap_or(true)
 }
 
 #[cfg(all(test, not(loom)))]
@@ -257,6 +258,16 @@ mod tests {
         let owner = slot.take(3, 1);
         assert_eq!(owner, Owner::new(3, 1));
         assert_eq!(slot.generation(), 1);
+    }
+
+    #[test]
+    fn who_only_reads_the_live_file_cannot_pass_for_a_holder() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (reader, asker) = (file.reopen().unwrap(), file.reopen().unwrap());
+        assert!(try_lock(&reader, 3, LockKind::Shared).unwrap());
+        assert!(!is_held(&asker, 3));
+        assert!(try_lock(&reader, 3, LockKind::Exclusive).unwrap());
+        assert!(is_held(&asker, 3));
     }
 
     #[test]
