@@ -189,11 +189,13 @@ impl Core {
         self.off.store(true, Ordering::Release);
     }
 
-    /// Stops using the cache, for everybody.
+    /// Stops using the cache, for everybody; who may only read the live state, for this open.
     pub fn fail(&self, reason: &str) {
         // In this order: who sees the live state failed before this line is out gives no reason.
         self.bypass(reason);
-        if let Some(live) = self.live() {
+        if let Some(live) = self.live()
+            && live.is_writable()
+        {
             live.fail();
         }
     }

@@ -10,11 +10,24 @@
 //! 3. Otherwise others use a live file that is gone: nothing they do can be seen, so reads pass
 //!    through, until they have left.
 //!
+//! Who may not write to the image only reads the live state, as long as that is there: he takes no
+//! slot, claims nothing and waits for nobody, but holds the use lock (byte 400, shared), so that no
+//! new live state gives clusters that he reads to something else. To be the first of those who
+//! populate is therefore not to be alone on the image, but to find no slot held; only the making of
+//! a live state has to be alone. The join lock needs a writable descriptor and is not for readers:
+//! the use lock, taken before the live file is looked for, keeps them clear of one that is being
+//! made.
+//!
 //! Who is held up by others at opening (they have lost their live file, or one was stopped in the
 //! middle of this) tries again every few seconds.
 //!
-//! Where a shared state cannot be had at all (a network filesystem, no permission to write) the
-//! tables of the image are read into a private one, which nobody changes.
+//! Where a shared state cannot be had at all (a network filesystem, no permission to write and
+//! nobody who has left one) the tables of the image are read into a private one, which nobody
+//! changes. Its user holds no use lock, so those who populate can come; what they store later he
+//! does not see.
+//!
+//! A live file that others may have written to than those who may write to the image counts as none
+//! (see `live::file`).
 //!
 //! Used by `Engine::open` and `keeper`.
 
@@ -25,6 +38,7 @@ use super::core::Core;
 use super::{Options, Surroundings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Access, Image, Scan, Use};
+use crate::live::slot::{SLOTS, is_held};
 use crate::live::{LiveFile, LiveIdentity, SlotGuard};
 
 /// How long to wait for others.
@@ -84,7 +98,7 @@ fn join_image(path: &Path, options: &Options) -> Result<Core> {
     }
     let core = Core::new(image, options);
     match join_live(&core, AT_OPEN) {
-        Ok(live) => use_live(&core, live),
+        Ok((live, slot)) => core.use_live(live, slot),
         Err(err) if err.kind() == ErrorKind::Busy => core.join_later(&err.to_string()),
         Err(err) => core.bypass(&err.to_string()),
     }
@@ -94,8 +108,8 @@ fn join_image(path: &Path, options: &Options) -> Result<Core> {
 /// Tries again to join, where others were in the way at opening: they have gone, or go on.
 pub fn join_late(core: &Core) {
     match join_live(core, LATER) {
-        Ok(live) => {
-            use_live(core, live);
+        Ok((live, slot)) => {
+            core.use_live(live, slot);
             log::warn!("{}: using the cache from now on", core.image.path().display());
         }
         Err(err) if err.kind() == ErrorKind::Busy => {}
@@ -103,27 +117,51 @@ pub fn join_late(core: &Core) {
     }
 }
 
-fn use_live(core: &Core, live: LiveFile) {
-    let slot = SlotGuard::acquire(&live)
-        .inspect_err(|err| log::warn!("{err}; reading without adding to the cache"))
-        .ok();
-    core.use_live(live, slot);
-}
-
-fn read_only(image: Image, options: &Options) -> Core {
+/// An open that writes nothing, neither to the image nor to the live file.
+pub fn read_only(image: Image, options: &Options) -> Core {
     let core = Core::new(image, options);
-    let made = core.image.require_trusted().and_then(|()| {
-        let image = &core.image;
-        let identity = identity(image, &core.surroundings)?;
-        let live = LiveFile::make_private(&image.live_path(), &identity)?;
-        restore(&live, image, &sound_scan(image)?)?;
-        Ok(live)
-    });
-    match made {
+    let image = &core.image;
+    let live = image.require_trusted().and_then(|()| identity(image, &core.surroundings)).and_then(
+        |identity| match shared_to_read(image, &identity) {
+            Some(live) => Ok(live),
+            None => private(image, &identity),
+        },
+    );
+    match live {
         Ok(live) => core.use_live(live, None),
         Err(err) => core.bypass(&err.to_string()),
     }
     core
+}
+
+/// The live state of those who may write to the image, to be read; the image is then in use by this
+/// open.
+fn shared_to_read(image: &Image, identity: &LiveIdentity) -> Option<LiveFile> {
+    if image.is_remote() {
+        return None;
+    }
+    let found = image.lock_use(Use::Shared, AT_OPEN.leave).and_then(|locked| match locked {
+        true => find_live(image, identity, false),
+        // Somebody is making one, or repairs the image, and takes his time.
+        false => Ok(None),
+    });
+    let live = found
+        .inspect_err(|err| log::warn!("{err}; using what the image itself shows"))
+        .ok()
+        .flatten()
+        .filter(|live| !live.has_failed());
+    if live.is_none() {
+        // Nobody may find the image in use by one who does not use the live state.
+        image.unlock_use();
+    }
+    live
+}
+
+/// A live state of this open alone, as the image's tables are now.
+fn private(image: &Image, identity: &LiveIdentity) -> Result<LiveFile> {
+    let live = LiveFile::make_private(&image.live_path(), identity)?;
+    restore(&live, image, &sound_scan(image)?)?;
+    Ok(live)
 }
 
 /// What a live state of this image has to belong to.
@@ -133,9 +171,9 @@ pub fn identity(image: &Image, surroundings: &Surroundings) -> Result<LiveIdenti
     Ok(LiveIdentity { boot_id: surroundings.boot_id.unwrap_or(here.boot_id), ..here })
 }
 
-/// Joins the users of an image, or becomes the first one. Busy is what others may end; then, and
-/// after any other error, the image is not in use by this open.
-fn join_live(core: &Core, patience: Patience) -> Result<LiveFile> {
+/// Joins the users of an image, or becomes the first one, with a slot if one is left. Busy is what
+/// others may end; then, and after any other error, the image is not in use by this open.
+fn join_live(core: &Core, patience: Patience) -> Result<(LiveFile, Option<SlotGuard>)> {
     let joined = join_live_locked(&core.image, &core.surroundings, patience);
     if joined.is_err() {
         // Nobody may find the image in use by one who does not use it.
@@ -148,22 +186,28 @@ fn join_live_locked(
     image: &Image,
     surroundings: &Surroundings,
     patience: Patience,
-) -> Result<LiveFile> {
+) -> Result<(LiveFile, Option<SlotGuard>)> {
     let busy = |what: &str| Error::new(ErrorKind::Busy, what).on(image.path());
     let Some(_lock) = image.lock_join(patience.join)? else {
         return Err(busy("another process has been opening the image for too long"));
     };
     let identity = identity(image, surroundings)?;
     let mut alone = image.lock_use(Use::Alone, Duration::ZERO)?;
-    let mut found = find_live(image, &identity, true)?;
+    let (mut found, foreign) = match find_live(image, &identity, true) {
+        Err(err) if err.kind() == ErrorKind::Foreign => (None, Some(err)),
+        found => (found?, None),
+    };
     if alone {
         found = found.filter(|live| !live.has_failed());
-        if let Some(live) = &found
-            && !knows_all(live, &sound_scan(image)?)
-        {
-            log::info!("{}: its live file was emptied; making it anew", image.path().display());
-            found = None;
-        }
+    }
+    let first = alone || !found.as_ref().is_some_and(is_populated);
+    if first
+        && let Some(live) = &found
+        && !live.has_failed()
+        && !knows_all(live, &sound_scan(image)?)
+    {
+        log::info!("{}: its live file was emptied; making it anew", image.path().display());
+        found = None;
     }
     if found.is_none() && !alone {
         alone = image.lock_use(Use::Alone, patience.leave)?;
@@ -173,22 +217,37 @@ fn join_live_locked(
             return Err(busy("another process found it unreliable, and others still have it open"));
         }
         Some(live) => {
-            if alone {
+            if first {
                 reclaim(&live, image)?;
             }
             live
         }
-        None if alone => make(image, &identity)?,
+        None if alone => {
+            if let Some(err) = foreign {
+                log::warn!("{err}; making a new one");
+            }
+            make(image, &identity)?
+        }
         None => {
-            return Err(busy(
-                "its live file was deleted or replaced while others have the image open",
+            return Err(foreign.map_or_else(
+                || busy("its live file was deleted or replaced while others have the image open"),
+                |err| busy(&err.to_string()),
             ));
         }
     };
+    // Before the next one joins, who looks whether he is the first.
+    let slot = SlotGuard::acquire(&live)
+        .inspect_err(|err| log::warn!("{err}; reading without adding to the cache"))
+        .ok();
     if !image.lock_use(Use::Shared, Duration::ZERO)? {
         return Err(busy("another program uses the image alone"));
     }
-    Ok(live)
+    Ok((live, slot))
+}
+
+/// Whether anybody has a slot, and so may be populating.
+fn is_populated(live: &LiveFile) -> bool {
+    (0..SLOTS).any(|slot| is_held(live.file(), slot))
 }
 
 /// The live state of an image, if there is a current one.
@@ -198,7 +257,8 @@ pub fn find_live(
     writable: bool,
 ) -> Result<Option<LiveFile>> {
     for path in image.live_paths() {
-        let found = LiveFile::open(&path, identity, || image.read_checkpoints(), writable)?;
+        let checkpoints = || image.read_checkpoints();
+        let found = LiveFile::open(&path, image.file(), identity, checkpoints, writable)?;
         if found.is_some() {
             return Ok(found);
         }
@@ -276,7 +336,7 @@ fn knows_all(live: &LiveFile, scan: &Scan) -> bool {
 }
 
 /// Gives back what was handed out and never used, settles the account, and sees to it that the
-/// next checkpoint has all that dead processes published. Only alone.
+/// next checkpoint has all that dead processes published. Only while nobody else populates.
 fn reclaim(live: &LiveFile, image: &Image) -> Result<()> {
     live.mark_unwritten();
     let bits = image.geometry().cluster_bits();

@@ -302,8 +302,9 @@ impl Planner<'_> {
                     Err(held) => held,
                 },
                 None => match claim.holder() {
-                    Some(held) => held,
-                    None => return Some(Step::Base),
+                    // To wait is to mark the claim, and to break it when its owner is gone.
+                    Some(held) if live.is_writable() => held,
+                    _ => return Some(Step::Base),
                 },
             };
             let owner = held.owner();

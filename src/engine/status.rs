@@ -207,7 +207,14 @@ fn values(counters: &Counters) -> [u64; COUNTERS.len()] {
 
 /// The live state of an image, if there is a current one.
 fn open_live(image: &Image) -> Result<Option<LiveFile>> {
-    let live = join::find_live(image, &join::identity(image, &Surroundings::default())?, false)?;
+    let identity = join::identity(image, &Surroundings::default())?;
+    let live = match join::find_live(image, &identity, false) {
+        Err(err) if err.kind() == ErrorKind::Foreign => {
+            log::warn!("{err}");
+            None
+        }
+        found => found?,
+    };
     Ok(live.filter(|live| !live.has_failed()))
 }
 

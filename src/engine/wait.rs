@@ -114,9 +114,11 @@ impl Waiter {
             state.stopping = true;
             state.thread.take()
         };
+        // Without a thread nobody sleeps, and the live file may be one to be read alone.
+        let Some(thread) = thread else { return };
         self.shared.came.notify_one();
         self.shared.ring();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
+        if thread.join().is_err() {
             log::error!("the waiting thread panicked");
         }
     }

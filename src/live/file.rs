@@ -4,13 +4,21 @@
 //! `<image>.live` never shows a half-made state. It says in its first page what it belongs to; all
 //! else in it is atomics, which is why `&` of them may be handed out while other processes write.
 //!
+//! # Who may write to it
+//!
+//! What a live file says is served as the image's content, so nobody may be able to write to it who
+//! may not write to the image. A new one gets the image's owner and mode; one that is found is used
+//! only if owner, group and mode show that this holds (`Ownership::refuses`). Who may only read
+//! the image maps the live file for reading and never calls what writes to it
+//! ([`LiveFile::is_writable`]); a store through such a mapping would end the process.
+//!
 //! Used by `engine` through `live`.
 #![allow(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Read};
 use std::os::fd::FromRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -112,6 +120,7 @@ pub struct LiveFile {
     map: MmapRaw,
     regions: Regions,
     clusters: u64,
+    writable: bool,
     /// Where it was made and still has to be renamed to [`LiveFile::path`] from.
     made_at: Option<PathBuf>,
 }
@@ -174,7 +183,8 @@ impl LiveFile {
         let map = MmapOptions::new().len(regions.len as usize).map_raw(&file)?;
         let watch = Watch::new(map.as_ptr(), map.len())?;
         let clusters = identity.geometry.clusters();
-        let live = LiveFile { path: path.to_owned(), file, watch, map, regions, clusters, made_at };
+        let (path, writable) = (path.to_owned(), true);
+        let live = LiveFile { path, file, watch, map, regions, clusters, writable, made_at };
         live.shared().checkpoints_begun.store(checkpoints, Ordering::Relaxed);
         live.shared().checkpoints_done.store(checkpoints, Ordering::Relaxed);
         Ok(live)
@@ -192,18 +202,32 @@ impl LiveFile {
     }
 
     /// Opens the live file of an image if it is there and belongs to it; `checkpoints` reads the
-    /// number in the image's header. `Ok(None)` where there is none or it is left over.
+    /// number in the image's header. `Ok(None)` where there is none or it is left over, an error of
+    /// kind `Foreign` where others may have written to it than those who may write to the image.
     pub fn open(
         path: &Path,
+        image: &File,
         identity: &LiveIdentity,
         checkpoints: impl FnOnce() -> Result<u64>,
         writable: bool,
     ) -> Result<Option<Self>> {
-        let not_a_file = || Error::new(ErrorKind::Damaged, "not a regular file").on(path);
-        // The name may come from the image; opening a device can do something by itself.
-        if path.symlink_metadata().is_ok_and(|meta| !meta.is_file()) {
-            return Err(not_a_file());
-        }
+        let io_error = |err: io::Error| Error::io("read the live file", path, &err);
+        let of_image = Ownership::of(&image.metadata().map_err(io_error)?);
+        // SAFETY: geteuid(2) has no arguments and cannot fail.
+        let user = unsafe { libc::geteuid() };
+        // Who writes believes himself, too; who reads might be deceived by a neighbour.
+        let me = writable.then_some(user);
+        let examine = |meta: &Metadata| {
+            if !meta.is_file() {
+                return Err(Error::new(ErrorKind::Damaged, "not a regular file").on(path));
+            }
+            let Some(why) = of_image.refuses(&Ownership::of(meta), me) else { return Ok(()) };
+            let what = format!("the live file is not used: {why}");
+            Err(Error::new(ErrorKind::Foreign, what).on(path))
+        };
+        // The name may come from the image: opening a device can do something by itself. And a
+        // stranger's file may not even let itself be opened.
+        path.symlink_metadata().map_or(Ok(()), |meta| examine(&meta))?;
         let opened = OpenOptions::new()
             .read(true)
             .write(writable)
@@ -214,12 +238,9 @@ impl LiveFile {
             Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(err) => return Err(Error::io("open the live file", path, &err)),
         };
-        let io_error = |err: io::Error| Error::io("read the live file", path, &err);
         let meta = file.metadata().map_err(io_error)?;
+        examine(&meta)?;
         let regions = Regions::new(&identity.geometry);
-        if !meta.is_file() {
-            return Err(not_a_file());
-        }
         let mut found = [0; IDENTITY_BYTES];
         let read = file.read_at(&mut found, 0).map_err(io_error)?;
         if meta.len() != regions.len
@@ -234,7 +255,7 @@ impl LiveFile {
             .map_err(map_error)?;
         let watch = Watch::new(map.as_ptr(), map.len()).map_err(map_error)?;
         let (path, clusters) = (path.to_owned(), identity.geometry.clusters());
-        let live = LiveFile { path, file, watch, map, regions, clusters, made_at: None };
+        let live = LiveFile { path, file, watch, map, regions, clusters, writable, made_at: None };
         if !live.is_allocated().map_err(io_error)? {
             return Ok(None);
         }
@@ -254,6 +275,12 @@ impl LiveFile {
         let groups = self.groups(self.regions.present).count() as u64;
         let least = self.regions.groups + groups * GROUP_BYTES;
         Ok(self.file.metadata()?.blocks() * 512 >= least)
+    }
+
+    /// Whether anything may be written to it; otherwise every call here that changes something is
+    /// out of bounds.
+    pub fn is_writable(&self) -> bool {
+        self.writable
     }
 
     /// Where the file is, or would be.
@@ -477,12 +504,109 @@ impl Drop for LiveFile {
     }
 }
 
-/// Gives the live file the image's mode, and its owner where this process may.
+/// Owner, group and permission bits of a file.
+#[derive(Clone, Copy, Debug)]
+struct Ownership {
+    uid: u32,
+    gid: u32,
+    mode: u32,
+}
+
+impl Ownership {
+    fn of(meta: &Metadata) -> Self {
+        Ownership { uid: meta.uid(), gid: meta.gid(), mode: meta.mode() }
+    }
+
+    fn group_writes(&self) -> bool {
+        self.mode & 0o020 != 0
+    }
+
+    fn everybody_writes(&self) -> bool {
+        self.mode & 0o002 != 0
+    }
+
+    /// Why a live file beside this image may be the work of somebody who may not write to the image;
+    /// `me` is a user to be believed in any case. A file that has the group of the image comes from
+    /// a member of it: nobody else can give it that (chown(2)), but in a directory whose group its
+    /// files inherit.
+    fn refuses(&self, live: &Ownership, me: Option<u32>) -> Option<String> {
+        if self.everybody_writes() {
+            return None;
+        }
+        let shares_group = self.group_writes() && live.gid == self.gid;
+        let known = [Some(self.uid), Some(0), me].contains(&Some(live.uid));
+        if !known && !shares_group {
+            return Some(format!("it belongs to user {}, who does not own the image", live.uid));
+        }
+        if live.everybody_writes() {
+            return Some("everybody may write to it, which the image does not allow".into());
+        }
+        (live.group_writes() && !shares_group)
+            .then(|| format!("group {} may write to it, which the image does not allow", live.gid))
+    }
+}
+
+/// Gives the live file the image's owner, group and mode, as far as this process may; never more
+/// than the image allows.
 fn copy_ownership(image: &File, live: &File) -> io::Result<()> {
     let meta = image.metadata()?;
-    let mode = meta.permissions().mode() & 0o666;
-    if let Err(err) = std::os::unix::fs::fchown(live, Some(meta.uid()), Some(meta.gid())) {
-        log::debug!("the live file keeps this process's owner: {err}");
+    let mut mode = meta.mode() & 0o666;
+    let owned = fchown(live, Some(meta.uid()), Some(meta.gid()));
+    if let Err(err) = owned.or_else(|_| fchown(live, None, Some(meta.gid()))) {
+        log::debug!("the live file keeps this process's owner and group: {err}");
+        if live.metadata()?.gid() != meta.gid() {
+            // Another group than the image's has no business here.
+            mode &= !0o070;
+        }
     }
-    live.set_permissions(std::fs::Permissions::from_mode(mode))
+    live.set_permissions(Permissions::from_mode(mode))
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const ME: u32 = 7;
+
+    /// Whether a user of the image uses a live file; each is owner, group and mode.
+    fn uses(image: (u32, u32, u32), live: (u32, u32, u32), me: Option<u32>) -> bool {
+        let owned = |(uid, gid, mode)| Ownership { uid, gid, mode };
+        owned(image).refuses(&owned(live), me).is_none()
+    }
+
+    #[test]
+    fn live_file_of_the_image_s_owner_or_of_root_is_used() {
+        assert!(uses((1, 1, 0o644), (1, 1, 0o644), None));
+        assert!(uses((1, 1, 0o644), (0, 0, 0o644), None));
+    }
+
+    #[test]
+    fn live_file_of_another_user_is_not_used_whatever_its_mode() {
+        assert!(!uses((1, 1, 0o644), (2, 1, 0o644), None));
+        assert!(!uses((1, 1, 0o644), (2, 2, 0o600), Some(ME)));
+    }
+
+    #[test]
+    fn live_file_of_one_s_own_is_used_by_who_may_write_to_the_image_alone() {
+        assert!(uses((1, 1, 0o644), (ME, ME, 0o600), Some(ME)));
+        assert!(!uses((1, 1, 0o644), (ME, ME, 0o600), None));
+    }
+
+    #[test]
+    fn live_file_that_more_users_may_write_to_than_the_image_is_not_used() {
+        assert!(!uses((1, 1, 0o644), (1, 1, 0o646), None));
+        assert!(!uses((1, 1, 0o644), (1, 1, 0o664), None));
+        assert!(!uses((1, 1, 0o664), (1, 2, 0o664), None));
+    }
+
+    #[test]
+    fn live_file_of_a_member_of_the_group_that_shares_the_image_is_used() {
+        assert!(uses((1, 5, 0o660), (2, 5, 0o660), None));
+        assert!(!uses((1, 5, 0o640), (2, 5, 0o640), None));
+    }
+
+    #[test]
+    fn live_file_of_an_image_that_everybody_may_write_to_may_be_anybody_s() {
+        assert!(uses((1, 1, 0o666), (2, 2, 0o666), None));
+    }
 }

@@ -68,6 +68,12 @@ impl Child {
         Child::run(command, role, image, base, seed)
     }
 
+    /// Starts a child to which the image's directory is mounted read-only.
+    pub fn spawn_read_only(role: Role, fixture: &Fixture, seed: u64) -> Self {
+        let setup = "mount --bind \"$0\" \"$0\"; mount -o remount,ro,bind \"$0\"";
+        Child::spawn_after(setup, role, &fixture.image(), &fixture.base(), seed)
+    }
+
     fn run(mut command: Command, role: Role, image: &Path, base: &Path, seed: u64) -> Self {
         let mut process = command
             .args(["--exact", "child::main_of_a_child", "--ignored", "--nocapture"])

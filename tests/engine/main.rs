@@ -14,3 +14,4 @@ mod rot;
 mod sharing;
 mod slow;
 mod space;
+mod trust;
