@@ -4,9 +4,9 @@
 //! Used by the tests.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -39,6 +39,18 @@ impl Lab {
     /// A new, empty one.
     pub fn new() -> Self {
         let directory = tempfile::Builder::new().prefix("t").tempdir().expect("a directory");
+        Lab { directory, names: AtomicU32::new(0) }
+    }
+
+    /// One that every user of this machine can reach and leave files in.
+    pub fn public() -> Self {
+        let directory = tempfile::Builder::new()
+            .prefix("t")
+            .permissions(Permissions::from_mode(0o1777))
+            .tempdir_in("/tmp")
+            .expect("a directory");
+        // Whatever umask made of it.
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o1777)).expect("its mode");
         Lab { directory, names: AtomicU32::new(0) }
     }
 

@@ -46,5 +46,6 @@ mod system;
 mod tools;
 mod torture;
 mod trace;
+mod trust;
 mod virtio;
 mod writes;
