@@ -20,6 +20,10 @@ use crate::live::{LiveFile, MapEntry};
 /// cluster adds): bounds the buffer.
 const FETCH_MAX: u64 = 2 << 20;
 
+/// How often a claim is broken and tried for before the base is read without one: others may be
+/// faster once or twice, and only a live file that somebody tampers with goes on like that.
+const CLAIM_TRIES: u32 = 8;
+
 /// The parts of a read, in order, without gaps.
 pub type Plan = SmallVec<[Part; 2]>;
 
@@ -262,7 +266,11 @@ impl Planner<'_> {
                 } else {
                     self.let_go(live, &claims[at as usize]);
                     bits = entry.bits();
-                    continue;
+                    if bits.present() >> at & 1 != 0 {
+                        continue;
+                    }
+                    // Only a live file that somebody tampers with forgets what it had.
+                    self.push(self.bytes(cluster, at, run_end, range), Step::Base);
                 }
             } else {
                 let bytes = self.bytes(cluster, at, run_end, range);
@@ -295,7 +303,7 @@ impl Planner<'_> {
         claims: &[Claim; SUBCLUSTERS as usize],
     ) -> Option<Step> {
         let claim = &claims[subcluster as usize];
-        loop {
+        for _ in 0..CLAIM_TRIES {
             let held = match claimant {
                 Some(me) => match claim.try_claim(me) {
                     Ok(()) => return None,
@@ -319,6 +327,7 @@ impl Planner<'_> {
                 live.event().ring();
             }
         }
+        Some(Step::Base)
     }
 
     fn let_go(&self, live: &LiveFile, claim: &Claim) {
