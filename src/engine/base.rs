@@ -18,6 +18,9 @@ use crate::image::{self, BaseState, BaseWatch, PROBE_BYTES, PROBES};
 /// How long an open waits for a checkpoint before it leaves something unnoted.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// Why a cache is given up whose base has another sample than the one noted by somebody else.
+pub const OTHER_SAMPLE: &str = "the base's content is not what others fill the cache from";
+
 /// A base that was opened.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenBase<'a> {
@@ -70,14 +73,30 @@ impl Engine {
             }
             Err(_) => return BaseState::Unknown,
         }
-        let right = BaseIdentity { sample: Some(sample), changed: None, ..noted };
-        if right != noted
-            && let Err(err) =
-                self.note(|base| BaseIdentity { sample: Some(sample), changed: None, ..base })
-        {
-            log::warn!("{err}; a base that changes may go unnoticed");
+        self.core.set_sample(sample);
+        if noted.sample == Some(sample) && noted.changed.is_none() {
+            return sampled;
         }
-        sampled
+        match self.note_sample(sample) {
+            Ok(true) => sampled,
+            Ok(false) => BaseState::Changed(OTHER_SAMPLE.to_owned()),
+            Err(err) => {
+                log::warn!("{err}; a base that changes may go unnoticed");
+                sampled
+            }
+        }
+    }
+
+    /// Notes the sample in the header, unless another one was noted since the image was opened;
+    /// whether none was.
+    fn note_sample(&self, sample: [u8; 32]) -> Result<bool> {
+        let mut agreed = true;
+        self.note(|base| {
+            agreed = base.sample.is_none_or(|other| other == sample);
+            let right = BaseIdentity { sample: Some(sample), changed: None, ..base };
+            if agreed { right } else { base }
+        })?;
+        Ok(agreed)
     }
 
     /// Gives the cache up because its base is another one: everybody does, where that is the one

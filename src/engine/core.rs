@@ -54,6 +54,8 @@ pub struct Core {
     /// The data that this open has held against its checksums.
     pub seen: Seen,
     found_bad: OnceLock<()>,
+    /// The sample of the base, once it is taken.
+    sample: OnceLock<[u8; 32]>,
     /// The files of the base, once it is known.
     base: OnceLock<BaseWatch>,
     /// Moving average of the time that reading the base takes, in nanoseconds.
@@ -68,6 +70,7 @@ impl Core {
             surroundings: options.surroundings.clone(),
             seen: Seen::new(image.geometry()),
             found_bad: OnceLock::new(),
+            sample: OnceLock::new(),
             base: OnceLock::new(),
             image,
             populate: options.populate,
@@ -200,6 +203,18 @@ impl Core {
         }
     }
 
+    /// Notes the sample of the base that was opened. Once.
+    pub fn set_sample(&self, sample: [u8; 32]) {
+        if self.sample.set(sample).is_err() {
+            log::error!("{}: the base was sampled twice", self.image.path().display());
+        }
+    }
+
+    /// The sample of the base that was opened, if one could be taken.
+    pub fn sample(&self) -> Option<[u8; 32]> {
+        self.sample.get().copied()
+    }
+
     /// From now on the base is looked at. Once.
     pub fn watch_base(&self, base: BaseWatch) {
         if self.base.set(base).is_err() {
@@ -236,15 +251,17 @@ impl Core {
         }
     }
 
-    /// Notes that subclusters from about a guest offset on are not what was stored: the first time
-    /// is worth a line.
-    pub fn note_bad(&self, offset: u64, subclusters: u64) {
-        self.counters().bad_bytes.add(subclusters << self.image.geometry().subcluster_bits());
+    /// Notes that some subclusters, the first of them by number, are not what was stored: the first
+    /// time is worth a line.
+    pub fn note_bad(&self, first: u64, subclusters: u64) {
+        let bits = self.image.geometry().subcluster_bits();
+        self.counters().bad_bytes.add(subclusters << bits);
         if self.found_bad.set(()).is_ok() {
             log::warn!(
-                "{}: cached data at guest offset {offset:#x} is not what was stored; reading it \
-                 from the base, and the same wherever else that shows",
-                self.image.path().display()
+                "{}: cached data at guest offset {:#x} is not what was stored; reading it from the \
+                 base, and the same wherever else that shows",
+                self.image.path().display(),
+                first << bits
             );
         }
     }

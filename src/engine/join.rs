@@ -34,9 +34,11 @@
 use std::path::Path;
 use std::time::Duration;
 
+use super::base::OTHER_SAMPLE;
 use super::core::Core;
 use super::{Options, Surroundings};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::BaseIdentity;
 use crate::image::{self, Access, Image, Scan, Use};
 use crate::live::slot::{SLOTS, is_held};
 use crate::live::{LiveFile, LiveIdentity, SlotGuard};
@@ -53,6 +55,9 @@ struct Patience {
 
 const AT_OPEN: Patience =
     Patience { join: Duration::from_secs(2), leave: Duration::from_millis(500) };
+
+/// How long a late joiner waits for a checkpoint before it leaves the cache alone.
+const NOTE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Nobody waits for this one, and it must hold nobody up.
 const LATER: Patience = Patience { join: Duration::ZERO, leave: Duration::ZERO };
@@ -108,6 +113,10 @@ fn join_image(path: &Path, options: &Options) -> Result<Core> {
 /// Tries again to join, where others were in the way at opening: they have gone, or go on.
 pub fn join_late(core: &Core) {
     match join_live(core, LATER) {
+        Ok(_) if !fits_sample(core) => {
+            core.image.unlock_use();
+            core.bypass(OTHER_SAMPLE);
+        }
         Ok((live, slot)) => {
             core.use_live(live, slot);
             log::warn!("{}: using the cache from now on", core.image.path().display());
@@ -115,6 +124,26 @@ pub fn join_late(core: &Core) {
         Err(err) if err.kind() == ErrorKind::Busy => {}
         Err(err) => core.bypass(&err.to_string()),
     }
+}
+
+/// Whether the base that was sampled at opening is the one that others fill the cache from; notes
+/// its sample where they have noted none. Nobody else notes one meanwhile.
+fn fits_sample(core: &Core) -> bool {
+    let Some(sample) = core.sample() else { return true };
+    let fits = |noted: BaseIdentity| noted.sample.is_none_or(|noted| noted == sample);
+    let image = &core.image;
+    let settled = image.lock_checkpoint(NOTE_PATIENCE).and_then(|lock| match lock {
+        None => Ok(false),
+        Some(_lock) if !fits(image.read_base()?) => Ok(false),
+        Some(_lock) => {
+            image.update_base(|noted| BaseIdentity { sample: Some(sample), ..noted })?;
+            Ok(true)
+        }
+    });
+    settled.unwrap_or_else(|err| {
+        log::warn!("{err}");
+        false
+    })
 }
 
 /// An open that writes nothing, neither to the image nor to the live file.
@@ -278,6 +307,11 @@ fn make(image: &Image, identity: &LiveIdentity) -> Result<LiveFile> {
         image::free_leaks(image, &scan)?;
     }
     image::discard_unused(image, &scan);
+    if !image.has_its_name()? {
+        // Another image has it now, and may have a live file beside it.
+        let what = "it was deleted or replaced by another one";
+        return Err(Error::new(ErrorKind::Stale, what).on(image.path()));
+    }
     let checkpoints = image.disown_live_files()?;
     let mut live = LiveFile::make(&image.live_path(), image.file(), identity, checkpoints)?;
     restore(&live, image, &scan)?;
@@ -328,6 +362,7 @@ fn restore(live: &LiveFile, image: &Image, scan: &Scan) -> Result<()> {
 /// Whether a live state has everything that the image's tables show.
 fn knows_all(live: &LiveFile, scan: &Scan) -> bool {
     scan.entries.iter().all(|(cluster, entry)| {
+        let entry = scan.good_entry(*cluster, *entry);
         live.entry(*cluster).is_some_and(|known| {
             let is_placed = entry.host.is_none() || known.host() == entry.host;
             is_placed && known.bits().0 & entry.bits.0 == entry.bits.0

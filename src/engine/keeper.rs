@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -17,6 +17,8 @@ use crate::live::LiveFile;
 
 /// What a power cut can cost at the most.
 const INTERVAL: Duration = Duration::from_secs(5);
+/// How often it is asked whether the last checkpoint is that long ago.
+const TICK: Duration = Duration::from_secs(1);
 const STACK: usize = 256 << 10;
 
 /// The thread, as long as it is wanted.
@@ -37,7 +39,7 @@ impl Keeper {
             stopping: Arc::new((Mutex::new(false), Condvar::new())),
             thread: Mutex::new(None),
         };
-        if keeper.core.populates() || keeper.core.may_join_later() {
+        if keeper.core.slot().is_some() || keeper.core.may_join_later() {
             keeper.start();
         }
         keeper
@@ -65,19 +67,27 @@ impl Keeper {
 }
 
 fn run(core: &Core, (stopping, wake): &(Mutex<bool>, Condvar), interval: Duration) {
-    if core.live().is_some_and(LiveFile::is_checkpointing) {
-        // Most likely its writer died, and leaves clusters that look leaked.
+    // Anybody's last one counts: each process by itself may not live that long.
+    let is_due = || core.live().is_some_and(|live| live.since_checkpoint() >= interval);
+    // One that is under way: most likely its writer died, and leaves clusters that look leaked.
+    if is_due() || core.live().is_some_and(LiveFile::is_checkpointing) {
         checkpoint::write(core, Duration::ZERO);
     }
+    let mut looked = Instant::now();
     let mut stop = stopping.lock();
     while !*stop {
-        if wake.wait_for(&mut stop, interval).timed_out() {
+        if wake.wait_for(&mut stop, interval.min(TICK)).timed_out() {
             parking_lot::MutexGuard::unlocked(&mut stop, || {
-                if core.may_join_later() {
-                    join::join_late(core);
+                if looked.elapsed() >= interval {
+                    looked = Instant::now();
+                    if core.may_join_later() {
+                        join::join_late(core);
+                    }
+                    core.is_base_same();
                 }
-                core.is_base_same();
-                checkpoint::write(core, Duration::ZERO);
+                if is_due() {
+                    checkpoint::write(core, Duration::ZERO);
+                }
             });
         }
     }

@@ -201,9 +201,10 @@ impl Engine {
         self.pool.run(Box::new(job))
     }
 
-    /// Notes that the image file could not be read: from now on the base answers.
+    /// Notes that the image file could not be read: from now on the base answers. Others go on,
+    /// since what they need may be readable; whoever opens the image next repairs what is not.
     pub fn hit_failed(&self, err: &impl std::fmt::Display) {
-        self.core.fail(&format!("could not read cached data: {err}"));
+        self.core.bypass(&format!("could not read cached data: {err}"));
     }
 
     /// Stores what is queued, writes a last checkpoint and leaves. Further plans say "base".

@@ -309,7 +309,7 @@ fn joining_during_a_checkpoint_finds_the_live_state_valid() {
 fn state_that_one_process_gave_up_is_not_used_by_the_next() {
     let (_dir, path) = new_image(None);
     let engine = filled(&path, MIB);
-    engine.hit_failed(&std::io::Error::from_raw_os_error(libc::EIO));
+    engine.core.fail("could not sync");
     let newcomer = Engine::open(&path, &Options::default()).unwrap();
     assert!(!engine.is_active());
     assert!(!newcomer.is_active());

@@ -97,16 +97,28 @@ impl Check {
     /// now on.
     pub fn is_sound(&self, checksums: &[u8], data: &[u8]) -> bool {
         let expected = decode_checksums(checksums);
-        let mut bad = self.count;
+        // Buffers of other sizes than those asked for prove nothing.
+        let whole = data.len() == self.data().1 && expected.len() as u64 == self.count;
+        let (mut bad, mut first_bad) =
+            if whole { (0, None) } else { (self.count, Some(self.first)) };
         for ((number, data), expected) in self.subclusters(data).zip(expected) {
-            bad -= u64::from(Checksum::of(number, data) == expected);
+            if Checksum::of(number, data) != expected {
+                first_bad = first_bad.or(Some(number));
+                bad += 1;
+            }
         }
-        if bad == 0 {
-            (self.first..self.first + self.count).for_each(|number| see(&self.core, number));
-        } else {
-            self.core.note_bad(self.range().start, bad);
+        match first_bad {
+            None => {
+                (self.first..self.first + self.count).for_each(|number| see(&self.core, number))
+            }
+            Some(number) => self.core.note_bad(number, bad),
         }
         bad == 0
+    }
+
+    /// Notes that data or checksums could not be read: they are lost, and repaired like what is bad.
+    pub fn note_unreadable(&self) {
+        self.core.note_bad(self.first, self.count);
     }
 
     /// Rewrites what does not fit its checksum with the base's bytes, the whole of
@@ -122,8 +134,12 @@ impl Check {
         // Beyond the end of the disk there is nothing, which a subcluster stores as zeros.
         base.resize(len, 0);
         let mut found = vec![0; len];
-        image.read_or_zero(&mut found, host)?;
-        let checksums = image.read_checksums(self.first, self.count)?;
+        if image.read_or_zero(&mut found, host).is_err() {
+            // What cannot be read is lost; writing it may be what the disk waits for.
+            found.fill(0);
+        }
+        let unknown = vec![Checksum::NONE; self.count as usize];
+        let checksums = image.read_checksums(self.first, self.count).unwrap_or(unknown);
         let mut repaired = 0;
         let parts = self.subclusters(&found).zip(self.subclusters(base)).zip(checksums);
         for (((number, found), (_, base)), checksum) in parts {
@@ -134,7 +150,8 @@ impl Check {
             let right = Checksum::of(number, base);
             if found != base && checksum != right && checksum != Checksum::NONE {
                 self.core.bypass(
-                    "cached data fits neither its checksum nor the base, which must have changed",
+                    "cached data fits neither its checksum nor the base, which must have changed \
+                     (if not, 'vmcache check --repair' drops the data)",
                 );
                 break;
             }

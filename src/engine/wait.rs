@@ -156,10 +156,11 @@ impl Shared {
 
     fn run(&self) {
         let _panicked = Panicked(self);
-        let Some(live) = self.core.live() else { return };
         let mut next_pulse = Instant::now();
         let mut stay = false;
         loop {
+            // Anew each time, which lets SIGBUS through should somebody have blocked it.
+            let Some(live) = self.core.live() else { return };
             let ticket = live.event().ticket();
             let mut state = self.state.lock();
             if state.waits.is_empty() && !state.stopping && stay {

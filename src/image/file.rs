@@ -119,6 +119,17 @@ impl Image {
         &self.path
     }
 
+    /// Whether the file still is the one under its name.
+    pub fn has_its_name(&self) -> Result<bool> {
+        let failed = |err| Error::io("examine", &self.path, &err);
+        let open = self.file().metadata().map_err(failed)?;
+        match self.path.metadata() {
+            Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(err) => Err(failed(err)),
+        }
+    }
+
     /// Where the live state of this image is kept.
     pub fn live_path(&self) -> PathBuf {
         let mut name = self.path.as_os_str().to_owned();
@@ -302,6 +313,11 @@ impl Image {
         let header = self.read_header()?;
         let (at, bytes) = header.base_note(update(header.cache.base));
         self.write(&bytes, at)
+    }
+
+    /// What the header on disk says now of the base.
+    pub fn read_base(&self) -> Result<BaseIdentity> {
+        Ok(self.read_header()?.cache.base)
     }
 
     fn read_header(&self) -> Result<Header> {

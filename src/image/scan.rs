@@ -16,6 +16,8 @@ use crate::format::{ByteRange, Checksum, Geometry, HostOffset, L2Entry, SUBCLUST
 
 /// Bytes read at once.
 const PIECE: u64 = 1 << 20;
+/// Clusters whose checksums are read at once.
+const CHECKSUM_WINDOW: u64 = 256;
 /// Findings kept in words; the rest is only counted.
 const FINDINGS: usize = 20;
 
@@ -66,7 +68,12 @@ impl Scan {
             let Some(host) = with_data(entry) else { continue };
             let first = cluster * u64::from(SUBCLUSTERS);
             let expected = image.read_checksums(first, u64::from(SUBCLUSTERS))?;
-            image.read_or_zero(&mut data, host)?;
+            for (index, part) in (0u64..).zip(data.chunks_exact_mut(unit as usize)) {
+                // What cannot be read is as good as lost; zeros are never stored as data.
+                if image.read_or_zero(part, HostOffset(host.0 + index * unit)).is_err() {
+                    part.fill(0);
+                }
+            }
             let found = (first..).zip(data.chunks_exact(unit as usize));
             let bad = (0u32..)
                 .zip(found.zip(expected))
@@ -235,12 +242,20 @@ impl Scan {
     /// Zero subclusters are nothing but a bit in an entry, so the checksum is all that tells a
     /// flipped one.
     fn verify_zeros(&mut self, image: &Image) -> Result<()> {
+        let clusters = image.geometry().clusters();
+        let mut window = 0..0;
+        let mut checksums = Vec::new();
         for (cluster, entry) in self.entries.iter().filter(|(_, entry)| entry.bits.zero() != 0) {
-            let first = cluster * u64::from(SUBCLUSTERS);
-            let found = image.read_checksums(first, u64::from(SUBCLUSTERS))?;
+            if !window.contains(cluster) {
+                window = *cluster..(cluster + CHECKSUM_WINDOW).min(clusters);
+                let (first, count) = (window.start, window.end - window.start);
+                let per_cluster = u64::from(SUBCLUSTERS);
+                checksums = image.read_checksums(first * per_cluster, count * per_cluster)?;
+            }
+            let from = ((cluster - window.start) * u64::from(SUBCLUSTERS)) as usize;
             let bad = (0u32..)
-                .zip(found)
-                .filter(|(_, found)| *found != Checksum::ZERO)
+                .zip(checksums.iter().skip(from).take(SUBCLUSTERS as usize))
+                .filter(|(_, found)| **found != Checksum::ZERO)
                 .fold(0, |mask, (index, _)| mask | 1 << index)
                 & entry.bits.zero();
             if bad != 0 {

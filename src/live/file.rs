@@ -20,8 +20,10 @@ use std::io::{self, Read};
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use memmap2::{MmapOptions, MmapRaw};
+use nix::time::{ClockId, clock_gettime};
 
 use super::claim::Claim;
 use super::dirty::Marks;
@@ -38,7 +40,7 @@ use crate::format::{Geometry, SUBCLUSTERS};
 
 const MAGIC: [u8; 8] = *b"vmclive\n";
 /// Changes whenever anything about the live file's contents or protocols does.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const IDENTITY_BYTES: usize = 80;
 
 /// What a live file belongs to: one boot of one kernel, one image file. A live file that names
@@ -84,6 +86,12 @@ impl LiveIdentity {
     }
 }
 
+/// Milliseconds on a clock that all processes share; zero where there is none.
+fn since_boot() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    now.as_millis() as u64
+}
+
 fn boot_id() -> io::Result<[u8; 16]> {
     let mut text = String::new();
     File::open("/proc/sys/kernel/random/boot_id")?.read_to_string(&mut text)?;
@@ -104,6 +112,8 @@ struct Shared {
     /// Not zero from before the first mark of a checkpoint is taken until all of them are either
     /// written or set again.
     checkpointing: AtomicU32,
+    /// When the last checkpoint ended, or this file was made, in milliseconds since the boot.
+    checkpointed_at: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -185,6 +195,7 @@ impl LiveFile {
         let clusters = identity.geometry.clusters();
         let (path, writable) = (path.to_owned(), true);
         let live = LiveFile { path, file, watch, map, regions, clusters, writable, made_at };
+        live.shared().checkpointed_at.store(since_boot(), Ordering::Relaxed);
         live.shared().checkpoints_begun.store(checkpoints, Ordering::Relaxed);
         live.shared().checkpoints_done.store(checkpoints, Ordering::Relaxed);
         Ok(live)
@@ -464,6 +475,13 @@ impl LiveFile {
     /// When all marks that were taken are dealt with. Under the checkpoint lock.
     pub fn leave_checkpoint(&self) {
         self.shared().checkpointing.store(0, Ordering::SeqCst);
+        self.shared().checkpointed_at.store(since_boot(), Ordering::Relaxed);
+    }
+
+    /// How long ago anybody's last checkpoint was.
+    pub fn since_checkpoint(&self) -> Duration {
+        let at = self.shared().checkpointed_at.load(Ordering::Relaxed);
+        Duration::from_millis(since_boot().saturating_sub(at))
     }
 
     /// The number that the checkpoint about to be written gets. Under the checkpoint lock.

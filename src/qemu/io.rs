@@ -321,6 +321,7 @@ impl Request<'_> {
                 return Ok(());
             }
             Ok(_) => {}
+            Err(libc::EIO) => check.note_unreadable(),
             Err(errno) => {
                 self.note_failed_read(errno);
                 counters.miss_bytes.add(part.len);
@@ -353,13 +354,13 @@ impl Request<'_> {
         }
     }
 
-    /// Gives the cache up where the image could not be read; other errors are about the guest's
-    /// memory or this process.
+    /// Gives the cache up where the image could not be read; some errors are about the guest's
+    /// memory or this process alone.
     fn note_failed_read(&self, errno: Errno) {
         match errno {
             END_OF_FILE => self.node.engine().hit_failed(&"the image file has become shorter"),
-            libc::EIO => self.node.engine().hit_failed(&io::Error::from_raw_os_error(errno)),
-            _ => {}
+            libc::EFAULT | libc::ENOMEM | libc::EAGAIN | libc::ECANCELED => {}
+            _ => self.node.engine().hit_failed(&io::Error::from_raw_os_error(errno)),
         }
     }
 
@@ -504,7 +505,8 @@ impl Rest {
         // SAFETY: as promised by the caller.
         match unsafe { self.read_some(libc::RWF_NOWAIT) } {
             Ok(()) => Ok(self.iov.is_empty()),
-            Err(libc::EAGAIN) => Ok(false),
+            // Linux 5.9 and 5.10 say so now and then though there is more (preadv2(2), BUGS).
+            Err(libc::EAGAIN | END_OF_FILE) => Ok(false),
             Err(errno) => Err(errno),
         }
     }

@@ -521,11 +521,12 @@ enum Part {
 fn touches(scene: &Scene, changes: &[&Change], part: Part) -> bool {
     let layout = Layout::new(&scene.fixture.geometry);
     let (l1, l2) = (layout.offset(layout.l1_table).0, layout.offset(layout.l2_tables).0);
+    let checksums = layout.offset(layout.checksums).0;
     let data = layout.offset(layout.data).0;
     let range = match part {
         Part::Data => data..u64::MAX,
         Part::Refcounts => layout.refcount_offset(0).0..l1,
-        Part::L2 => l2..data,
+        Part::L2 => l2..checksums,
     };
     changes.iter().any(|change| matches!(change, Change::Write { at, .. } if range.contains(at)))
 }

@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng};
 use vmcache::engine::{self, Engine, Options, Reader, Status};
 use vmcache::format::Layout;
 
-use crate::fixture::{CountedBase, Fixture, KIB, MIB, seed};
+use crate::fixture::{CountedBase, Fixture, KIB, MIB, full_content, seed};
 
 const FLIPS: usize = 1000;
 
@@ -185,5 +185,23 @@ fn check_finds_what_is_bad_and_repair_drops_it() {
     assert!(found.bad_subclusters() > 0);
     assert_eq!(left.errors(), 0);
     assert!(after < before && after > before / 2, "{before} bytes before, {after} after");
+    fixture.assert_sound();
+}
+
+#[test]
+fn entry_that_shows_data_where_nothing_was_ever_stored_is_healed_by_reading() {
+    let fixture = Fixture::with(64 * KIB, full_content(4 * MIB), None);
+    let reader = fixture.reader();
+    fixture.read(&reader, 0, 32 * KIB);
+    drop(reader);
+    // The other half of the first cluster: its bits in the L2 entry, and a reboot.
+    let layout = Layout::new(&fixture.geometry);
+    image_file(&fixture).write_all_at(&[0xff; 2], layout.l2_entry_offset(0).0 + 12).unwrap();
+    fs::remove_file(fixture.live()).unwrap();
+    let reader = fixture.reader();
+    fixture.read(&reader, 0, 64 * KIB);
+    reader.engine().close();
+    assert_eq!(counters(&reader), (32 * KIB, 32 * KIB));
+    drop(reader);
     fixture.assert_sound();
 }

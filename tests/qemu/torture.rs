@@ -42,6 +42,8 @@ struct Figures {
     bytes: AtomicU64,
     slowest_ms: AtomicU64,
     checks: AtomicU64,
+    /// Written during the rounds.
+    checkpoints: AtomicU64,
 }
 
 impl Figures {
@@ -198,6 +200,9 @@ fn play(round: &Round<'_>, random: &mut StdRng) {
                 assert!(lock.is_some(), "a checkpoint took too long");
                 round.cache.assert_no_errors();
                 count(&round.figures.checks);
+                drop(lock);
+                // So that checkpoints are written in between.
+                thread::sleep(Duration::from_millis(200));
             }
         });
         let _end = SetOnDrop(&done);
@@ -225,8 +230,12 @@ fn torture() {
         let ends = Instant::now() + ROUND;
         let content = &base.content;
         let round = Round { lab: &lab, cache: &cache, content, figures: &figures, ends };
+        let before = if cache.live().exists() { cache.stats().get("checkpoints") } else { 0 };
         let most = cache.most_occupied_during(|| play(&round, &mut random));
         rounds += 1;
+        // None where all died before anybody joined.
+        let checkpoints = if cache.live().exists() { cache.stats().get("checkpoints") } else { 0 };
+        figures.checkpoints.fetch_add(checkpoints.saturating_sub(before), Ordering::Relaxed);
         assert!(most <= quota, "{most} bytes occupied of {quota}");
         cache.assert_valid();
         if random.random_bool(0.3) {
@@ -247,14 +256,14 @@ fn torture() {
         }
     }
     report(&figures, rounds, started.elapsed());
-    assert!(figures.kills() > 0);
+    assert!(figures.kills() > 0 && load(&figures.checkpoints) > 0);
 }
 
 fn report(figures: &Figures, rounds: u64, took: Duration) {
     println!(
         "torture: {rounds} rounds in {took:.0?}: {} kills ({} starting, {} reading, {} ending), {} \
          leaves, {} stops; {} reads, {} MB, all equal to the base; slowest read {} ms; \
-         {} checks in use, no error",
+         {} checkpoints, {} checks in use, no error",
         figures.kills(),
         load(&figures.kills_at_start),
         load(&figures.kills),
@@ -264,6 +273,7 @@ fn report(figures: &Figures, rounds: u64, took: Duration) {
         load(&figures.reads),
         load(&figures.bytes) >> 20,
         load(&figures.slowest_ms),
+        load(&figures.checkpoints),
         load(&figures.checks)
     );
 }

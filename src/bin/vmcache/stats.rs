@@ -84,6 +84,12 @@ fn write_human(out: &mut dyn Write, stats: &Stats<'_>) -> Result<()> {
         human(totals("dropped-bytes")),
         totals("populate-errors")
     )?;
+    writeln!(
+        out,
+        "found bad: {}; stored anew: {}",
+        human(totals("bad-bytes")),
+        human(totals("repaired-bytes"))
+    )?;
     writeln!(out, "checkpoints: {}", totals("checkpoints"))?;
     writeln!(out, "processes: {}", stats.processes)?;
     Ok(())
