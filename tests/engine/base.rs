@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmcache::engine::{Engine, ImageState, OpenBase, Options, Reader, Status, Surroundings};
-use vmcache::image::BaseState;
+use vmcache::format::BaseIdentity;
+use vmcache::image::{Access, BaseState, Image};
 
-use crate::fixture::{Fixture, KIB, MIB, file_base, full_content};
+use crate::fixture::{Fixture, KIB, MIB, create_image, file_base, full_content};
 
 const HALF: u64 = 4 * MIB;
 
@@ -195,4 +196,67 @@ fn what_contradicted_the_cache_once_is_looked_at_again() {
     turn_over_between_samples(&fixture);
     assert_eq!(check(&fixture, &fixture.engine()), BaseState::Same);
     assert_eq!(state(&fixture), ImageState::Filling);
+}
+
+/// Holds bytes against the cache as an open of a remote base of these bytes does.
+fn sampled(engine: &Engine, content: &[u8]) -> BaseState {
+    let open = OpenBase { size: content.len() as u64, file: None, is_named: true };
+    engine.check_base(&open, |buf, offset| {
+        buf.copy_from_slice(&content[offset as usize..][..buf.len()]);
+        Ok(())
+    })
+}
+
+#[test]
+fn two_that_open_an_empty_cache_at_once_cannot_fill_it_from_two_bases() {
+    let fixture = Fixture::with(64 * KIB, full_content(MIB), None);
+    let other: Vec<u8> = fixture.content.iter().map(|byte| !byte).collect();
+    let [first, second] = [(); 2].map(|()| fixture.engine());
+    assert_eq!(sampled(&first, &fixture.content), BaseState::Same);
+    assert!(is_changed(&sampled(&second, &other)));
+}
+
+/// An engine that could not join at its open, and what holds it up.
+fn held_up(fixture: &Fixture) -> (Arc<Engine>, Image) {
+    let joining = Image::open(&fixture.image(), Access::ReadWrite).unwrap();
+    std::mem::forget(joining.lock_join(Duration::ZERO).unwrap().unwrap());
+    let engine = Arc::new(Engine::open(&fixture.image(), &often()).unwrap());
+    assert!(!engine.is_active());
+    (engine, joining)
+}
+
+#[test]
+fn late_joiner_notes_the_sample_that_it_took_at_its_open() {
+    let fixture = Fixture::with(64 * KIB, full_content(MIB), None);
+    let (late, joining) = held_up(&fixture);
+    assert_eq!(sampled(&late, &fixture.content), BaseState::Same);
+    drop(joining);
+    eventually("the cache is used", || late.is_active());
+    let other: Vec<u8> = fixture.content.iter().map(|byte| !byte).collect();
+    assert!(is_changed(&sampled(&fixture.engine(), &other)));
+}
+
+#[test]
+fn late_joiner_with_another_base_than_the_others_does_not_join() {
+    let fixture = Fixture::with(64 * KIB, full_content(MIB), None);
+    let (late, joining) = held_up(&fixture);
+    let other: Vec<u8> = fixture.content.iter().map(|byte| !byte).collect();
+    assert_eq!(sampled(&late, &other), BaseState::Same);
+    let image = Image::open(&fixture.image(), Access::ReadWrite).unwrap();
+    image.update_base(|noted| BaseIdentity { sample: Some([7; 32]), ..noted }).unwrap();
+    drop(joining);
+    eventually("the cache is given up", || late.is_bypassed());
+    assert!(!late.is_active());
+}
+
+#[test]
+fn late_joiner_of_an_image_that_was_replaced_leaves_the_new_one_alone() {
+    let fixture = Fixture::with(64 * KIB, full_content(MIB), None);
+    let (late, joining) = held_up(&fixture);
+    fs::remove_file(fixture.image()).unwrap();
+    create_image(&fixture.image(), &fixture.base(), fixture.geometry, None);
+    let user = fixture.engine();
+    drop(joining);
+    eventually("the old image is given up", || late.is_bypassed());
+    assert!(user.is_active() && fixture.engine().is_active());
 }
