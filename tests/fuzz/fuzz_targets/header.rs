@@ -1,5 +1,6 @@
 //! The start of a file that may be anything: header, extensions, names. What is accepted must have
-//! its tables where the layout puts them, and say the same when it is written out again.
+//! its tables where the layout puts them, and say the same when it is written out again. In most runs
+//! the changed header gets the CRC it has to have, so that it is looked at and not only refused.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -7,6 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use vmcache::format::{
     BaseChange, BaseIdentity, CacheExtension, Geometry, HEADER_MAX, Header, Layout,
 };
+use vmcache_fuzz::seal;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -16,6 +18,8 @@ struct Input {
     /// Bytes behind it.
     tail: Vec<u8>,
     cut: Option<u16>,
+    /// Leave it with the CRC it has: seldom, since then it is refused.
+    unsealed: u8,
     /// Otherwise as long as its tables.
     file_len: Option<u64>,
 }
@@ -74,6 +78,9 @@ fuzz_target!(|input: Input| {
     }
     bytes.extend(input.tail);
     bytes.truncate(input.cut.map_or(HEADER_MAX, usize::from).min(HEADER_MAX));
+    if input.unsealed % 8 != 1 {
+        seal(&mut bytes);
+    }
     let file_len = input.file_len.unwrap_or(least);
     let Ok(header) = Header::decode(&bytes, file_len) else { return };
 

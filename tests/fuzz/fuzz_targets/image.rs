@@ -1,6 +1,8 @@
 //! An image that somebody prepared: a sound one, half full, with anything written over its header,
-//! tables, refcounts and data, cut or not. Looking at it, repairing it and reading through it must
-//! neither crash nor hang, nor reach outside its data area.
+//! tables, refcounts, checksums and data, cut or not. Looking at it, repairing it and reading through
+//! it must neither crash nor hang, nor reach outside its data area. Every byte that is read is the
+//! base's, in the first open and in the next, unless the image was prepared with the checksum of
+//! other bytes.
 #![no_main]
 
 use std::fs::{File, OpenOptions};
@@ -10,8 +12,12 @@ use std::sync::LazyLock;
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vmcache::engine::{Status, check};
-use vmcache::format::{ByteRange, Geometry, HostOffset, L2Entry, Layout, SubclusterBits};
-use vmcache_fuzz::{Cache, Template, check_plan, read_prepared};
+use vmcache::format::{
+    ByteRange, Checksum, Geometry, HEADER_MAX, HostOffset, L2Entry, Layout, SUBCLUSTERS,
+    SubclusterBits,
+};
+use vmcache::image::{Access, Image};
+use vmcache_fuzz::{Cache, Checksums, Template, base, check_plan, read_prepared, seal};
 
 const KIB: u64 = 1 << 10;
 const TIB: u64 = 1 << 40;
@@ -20,6 +26,8 @@ const TIB: u64 = 1 << 40;
 struct Input {
     shape: Shape,
     changes: Vec<Change>,
+    /// Whether the header keeps the CRC it has, whatever was written over it.
+    unsealed: bool,
     cut: Option<u32>,
     repair: bool,
 }
@@ -66,10 +74,36 @@ enum Change {
         data: u32,
         zero: u32,
     },
+    /// A cluster of the base that stands there as it should, `host` clusters into the data area.
+    Stored {
+        cluster: u32,
+        host: u16,
+        data: u32,
+    },
     Data {
         at: u32,
         bytes: Vec<u8>,
     },
+    /// A subcluster's data stands in another's place, with or without its checksum.
+    Misplaced {
+        from: u32,
+        to: u32,
+        with_checksum: bool,
+    },
+    Checksum {
+        subcluster: u32,
+        value: Value,
+    },
+}
+
+/// What to write over a checksum.
+#[derive(Arbitrary, Debug)]
+enum Value {
+    None,
+    Zero,
+    Any(u32),
+    /// What it is, with a bit changed.
+    Flipped(u8),
 }
 
 static SMALL: LazyLock<[Template; 3]> = LazyLock::new(|| {
@@ -135,6 +169,36 @@ impl Change {
                 let entry = L2Entry { host: Some(host), bits };
                 (layout.l2_entry_offset(of(*cluster)).0, entry.encode().to_vec())
             }
+            Change::Stored { cluster, host, data } => {
+                let cluster = of(*cluster);
+                let host = layout.offset(layout.data + u64::from(*host) % geometry.clusters());
+                store(file, layout, geometry, cluster, host, *data);
+                let entry = L2Entry { host: Some(host), bits: SubclusterBits::new(*data, 0) };
+                (layout.l2_entry_offset(cluster).0, entry.encode().to_vec())
+            }
+            Change::Misplaced { from, to, with_checksum } => {
+                let subclusters = geometry.clusters() * u64::from(SUBCLUSTERS);
+                let size = geometry.subcluster_size();
+                let [from, to] = [*from, *to].map(|number| u64::from(number) % subclusters);
+                if *with_checksum {
+                    let checksum = read(file, layout.checksum_offset(from).0, Checksum::SIZE);
+                    file.write_all_at(&checksum, layout.checksum_offset(to).0).unwrap();
+                }
+                let data = layout.offset(layout.data).0;
+                (data + to * size, read(file, data + from * size, size as usize))
+            }
+            Change::Checksum { subcluster, value } => {
+                let subclusters = geometry.clusters() * u64::from(SUBCLUSTERS);
+                let at = layout.checksum_offset(u64::from(*subcluster) % subclusters).0;
+                let mut bytes = read(file, at, Checksum::SIZE);
+                match value {
+                    Value::None => bytes = Checksum::NONE.encode().to_vec(),
+                    Value::Zero => bytes = Checksum::ZERO.encode().to_vec(),
+                    Value::Any(value) => bytes = value.to_be_bytes().to_vec(),
+                    Value::Flipped(bit) => bytes[usize::from(bit / 8 % 4)] ^= 1 << (bit % 8),
+                }
+                (at, bytes)
+            }
             Change::Data { at, bytes } => {
                 let area = layout.offset(layout.data).0;
                 (area + u64::from(*at) % geometry.virtual_size(), bytes.clone())
@@ -146,12 +210,22 @@ impl Change {
     /// A guest cluster that is worth a read.
     fn cluster(&self, geometry: &Geometry) -> u64 {
         match self {
-            Change::L2Raw { cluster, .. } | Change::L2 { cluster, .. } => {
-                u64::from(*cluster) % geometry.clusters()
+            Change::L2Raw { cluster, .. }
+            | Change::L2 { cluster, .. }
+            | Change::Stored { cluster, .. } => u64::from(*cluster) % geometry.clusters(),
+            Change::Misplaced { to: subcluster, .. } | Change::Checksum { subcluster, .. } => {
+                u64::from(*subcluster / SUBCLUSTERS) % geometry.clusters()
             }
             _ => geometry.clusters() - 1,
         }
     }
+}
+
+/// Some bytes of a file; beyond its end there are zeros.
+fn read(file: &File, at: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    let _ = file.read_at(&mut bytes, at).unwrap();
+    bytes
 }
 
 fn refcount_at(layout: &Layout, host: HostOffset) -> u64 {
@@ -159,13 +233,59 @@ fn refcount_at(layout: &Layout, host: HostOffset) -> u64 {
     layout.refcount_offset(cluster).0
 }
 
+/// Puts subclusters (a mask) of the base where they belong, with all that goes with them but the
+/// L2 entry.
+fn store(
+    file: &File,
+    layout: &Layout,
+    geometry: &Geometry,
+    cluster: u64,
+    host: HostOffset,
+    mask: u32,
+) {
+    let size = geometry.subcluster_size();
+    for index in (0..u64::from(SUBCLUSTERS)).filter(|index| mask >> index & 1 != 0) {
+        let number = cluster * u64::from(SUBCLUSTERS) + index;
+        let range = geometry.subcluster_range(number, 1);
+        let mut data = vec![0; size as usize];
+        base(&mut data[..range.len as usize], range.start).unwrap();
+        file.write_all_at(&data, host.0 + index * size).unwrap();
+        let checksum = Checksum::of(number, &data).encode();
+        file.write_all_at(&checksum, layout.checksum_offset(number).0).unwrap();
+    }
+    file.write_all_at(&1u16.to_be_bytes(), refcount_at(layout, host)).unwrap();
+}
+
+/// Reads some ranges, in two opens one after the other.
+fn read_twice(cache: &Cache, wanted: &[ByteRange]) {
+    let mut prepared: Vec<Checksums> = Vec::new();
+    for _ in 0..2 {
+        let Ok(reader) = cache.reader() else { return };
+        let engine = reader.engine();
+        let layout = Layout::new(&engine.header().geometry);
+        if prepared.is_empty() {
+            prepared.extend(wanted.iter().map(|range| Checksums::read(engine, *range)));
+        }
+        for (range, checksums) in wanted.iter().zip(&prepared) {
+            check_plan(engine, &layout, *range);
+            read_prepared(&reader, *range, |number, bytes| checksums.vouch_for(number, bytes));
+        }
+        engine.close();
+    }
+}
+
 fuzz_target!(|input: Input| {
-    let Input { shape, mut changes, cut, repair } = input;
+    let Input { shape, mut changes, unsealed, cut, repair } = input;
     changes.truncate(8);
     let cache = shape.cache();
     let file = OpenOptions::new().read(true).write(true).open(&cache.path).unwrap();
     for change in &changes {
         change.apply(&file, &cache.layout, &cache.geometry);
+    }
+    if !unsealed {
+        let mut header = read(&file, 0, HEADER_MAX);
+        seal(&mut header);
+        file.write_all_at(&header, 0).unwrap();
     }
     if let Some(cut) = cut {
         file.set_len(cache.file_len() - u64::from(cut).min(cache.file_len())).unwrap();
@@ -175,25 +295,24 @@ fuzz_target!(|input: Input| {
     let checked = check(&cache.path, false, |_, _| {});
     if repair && check(&cache.path, true, |_, _| {}).is_ok() {
         let left = check(&cache.path, false, |_, _| {}).unwrap().scan;
-        assert_eq!((left.damages, left.leaked_clusters()), (0, 0), "{:?}", left.findings);
+        assert_eq!((left.errors(), left.leaked_clusters()), (0, 0), "{:?}", left.findings);
     }
 
-    let before = cache.fixed_tables();
-    if let Ok(reader) = cache.reader() {
-        assert!(looked_at.is_ok() || checked.is_err() || repair, "{looked_at:?}");
-        // A header of another disk is as good as any, as long as it is consistent.
-        let geometry = reader.engine().header().geometry;
-        let layout = Layout::new(&geometry);
-        let clusters = changes.iter().map(|change| change.cluster(&geometry)).take(4);
-        for cluster in clusters.chain([0, geometry.clusters() / 2]) {
+    let Ok(image) = Image::open(&cache.path, Access::Header) else { return };
+    assert!(looked_at.is_ok() || checked.is_err() || repair, "{looked_at:?}");
+    // A header of another disk is as good as any, as long as it is consistent.
+    let (geometry, layout) = (*image.geometry(), *image.layout());
+    let clusters = changes.iter().map(|change| change.cluster(&geometry)).take(4);
+    let wanted: Vec<ByteRange> = clusters
+        .chain([0, geometry.clusters() / 2])
+        .map(|cluster| {
             let start = cluster * geometry.cluster_size();
             let len = geometry.cluster_size().min(geometry.virtual_size() - start);
-            let range = ByteRange { start, len: len.min(256 * KIB) };
-            check_plan(reader.engine(), &layout, range);
-            read_prepared(&reader, range);
-        }
-        reader.engine().close();
-        assert!(cache.file_len() <= layout.offset(layout.end).0.max(layout.offset(layout.data).0));
-        assert_eq!(cache.fixed_tables(), before, "header or tables were written");
-    }
+            ByteRange { start, len: len.min(256 * KIB) }
+        })
+        .collect();
+    let before = cache.fixed_tables();
+    read_twice(&cache, &wanted);
+    assert!(cache.file_len() <= layout.offset(layout.end).0.max(layout.offset(layout.data).0));
+    assert_eq!(cache.fixed_tables(), before, "header or tables were written");
 });

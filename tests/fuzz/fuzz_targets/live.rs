@@ -1,10 +1,19 @@
-//! A live file that somebody prepared: that of a sound image, with its identity left as it is and
-//! anything written over the rest. Joining, looking at it, reading and the checkpoint at the end
-//! must neither crash nor hang, nor reach outside the image's data area, nor put a reference there
-//! that does.
+//! A live file that somebody prepared, beside a sound image: one with its identity left as it is and
+//! anything written over the rest, before the image is opened or while another open uses it. Joining,
+//! looking at it, reading and the checkpoint at the end must neither crash nor hang, nor reach
+//! outside the image's data area, nor put a reference there that does.
+//!
+//! What a prepared live file may do, all else is held against the base:
+//!
+//! - What it says reads as zeros does, in opens that join it.
+//! - It may give two guest clusters one place: then an open that has seen the data of one there is
+//!   given what was stored for the other since.
+//!
+//! Data that an open has not seen yet is the base's wherever the live file says that it stands. And
+//! nothing outlasts it: without it, what the image has is the base's, or the image is left aside.
 #![no_main]
 
-use std::fs::OpenOptions;
+use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::LazyLock;
 
@@ -12,12 +21,14 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vmcache::engine::Status;
 use vmcache::format::{ByteRange, Geometry, L2Entry};
-use vmcache_fuzz::{Cache, Template, check_plan, read_prepared};
+use vmcache_fuzz::{BaseReader, Cache, Template, check_plan, read_as_base, read_prepared};
 
 const KIB: u64 = 1 << 10;
 
 /// Where things stand, as `live::regions` has it; if it moves, other things are written over.
 const SHARED: u64 = 4096;
+/// The first word of `Space` in the shared page.
+const SPACE: u8 = 8;
 const FREE_LIST: u64 = 2 * 4096;
 const SLOTS: u64 = FREE_LIST + 4096 * 8;
 const SLOT: u64 = 256;
@@ -34,6 +45,17 @@ const IMAGE_INODE: u64 = 64;
 struct Input {
     changes: Vec<Change>,
     cut: Option<u16>,
+    others: Others,
+}
+
+/// Who has the image open when the live file is changed.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Others {
+    Nobody,
+    /// Somebody who has read nothing yet.
+    Idle,
+    /// Somebody who has read all that is cached.
+    Reading,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -105,6 +127,16 @@ static PREPARED: LazyLock<Prepared> = LazyLock::new(|| {
 });
 
 impl Change {
+    /// Whether this may give a place to two guest clusters.
+    fn is_about_places(&self) -> bool {
+        match self {
+            Change::Shared { word, .. } => (SPACE..SPACE + 8).contains(&(word % 32)),
+            Change::FreeList { .. } | Change::FreeListOf { .. } => true,
+            Change::Entry { .. } | Change::EntryAt { .. } => true,
+            _ => false,
+        }
+    }
+
     /// The words of eight bytes to write, and where.
     fn words(&self, cache: &Cache) -> Vec<(u64, u64)> {
         let words = |at: u64, words: &[u64]| (at..).step_by(8).zip(words.to_vec()).collect();
@@ -122,7 +154,8 @@ impl Change {
             }
             Change::FreeListOf { len, values } => {
                 // In `Space`: full and free_taken, then free_len.
-                let mut all: Vec<(u64, u64)> = words(SHARED + 64 + 24, &[0, u64::from(*len)]);
+                let mut all: Vec<(u64, u64)> =
+                    words(SHARED + u64::from(SPACE) * 8 + 24, &[0, u64::from(*len)]);
                 all.extend(words(FREE_LIST, &values[..values.len().min(64)]));
                 all
             }
@@ -150,8 +183,32 @@ impl Change {
     }
 }
 
+/// What a live file says of each cluster: masks of the subclusters that read as zeros.
+fn zeros(live: &File) -> Vec<u32> {
+    let zero = |cluster: u64| {
+        let at = GROUPS + cluster / 128 * GROUP + cluster % 128 * ENTRY + 8;
+        let mut bits = [0; 8];
+        // Nothing is there any more where it was cut off.
+        let _ = live.read_at(&mut bits, at).unwrap();
+        (u64::from_le_bytes(bits) >> 32) as u32
+    };
+    (0..geometry().clusters()).map(zero).collect()
+}
+
+fn whole() -> ByteRange {
+    ByteRange { start: 0, len: geometry().virtual_size() }
+}
+
+fn read_whole(cache: &Cache, reader: &BaseReader, zeros: &[u32]) {
+    check_plan(reader.engine(), &cache.layout, whole());
+    read_prepared(reader, whole(), |number, bytes| {
+        let says_zero = zeros[(number / 32) as usize] >> (number % 32) & 1 != 0;
+        says_zero && bytes.iter().all(|byte| *byte == 0)
+    });
+}
+
 fuzz_target!(|input: Input| {
-    let Input { mut changes, cut } = input;
+    let Input { mut changes, cut, others } = input;
     changes.truncate(8);
     let prepared = &*PREPARED;
     let cache = Cache::new(geometry(), None);
@@ -163,6 +220,16 @@ fuzz_target!(|input: Input| {
     prepared.live.write(&live);
     let inodes = [&image, &live].map(|file| file.metadata().unwrap().ino().to_le_bytes()).concat();
     live.write_all_at(&inodes, IMAGE_INODE).unwrap();
+    let new = || cache.reader().expect("the image itself is sound");
+    let other = match others {
+        Others::Nobody => None,
+        Others::Idle => Some(new()),
+        Others::Reading => {
+            let other = new();
+            read_as_base(&other, ByteRange { len: whole().len / 2, ..whole() });
+            Some(other)
+        }
+    };
     for (at, word) in changes.iter().flat_map(|change| change.words(&cache)) {
         live.write_all_at(&word.to_le_bytes(), at).unwrap();
     }
@@ -171,13 +238,24 @@ fuzz_target!(|input: Input| {
     }
 
     let before = cache.fixed_tables();
+    let zeros = zeros(&live);
     // An error is a fine answer; so is any number.
     let _ = Status::read(&cache.path);
-    let reader = cache.reader().expect("the image itself is sound");
-    let whole = ByteRange { start: 0, len: geometry().virtual_size() };
-    check_plan(reader.engine(), &cache.layout, whole);
-    read_prepared(&reader, whole);
+    let reader = new();
+    read_whole(&cache, &reader, &zeros);
+    let places_are_sound = !changes.iter().any(Change::is_about_places);
+    if places_are_sound {
+        // From here on these are plain hits.
+        read_whole(&cache, &reader, &zeros);
+    }
+    if let Some(other) = other {
+        if places_are_sound || matches!(others, Others::Idle) {
+            read_whole(&cache, &other, &zeros);
+        }
+        other.engine().close();
+    }
     reader.engine().close();
+    drop(reader);
 
     assert_eq!(cache.file_len(), prepared.image.len, "the image has another length");
     assert_eq!(cache.fixed_tables(), before, "header or tables were written");
@@ -187,4 +265,7 @@ fuzz_target!(|input: Input| {
         let entry = L2Entry::decode(*bytes, &geometry()).expect("a damaged entry was written");
         assert!(entry.host.is_none_or(|host| cache.layout.is_data_cluster(host)), "{entry:?}");
     }
+    // It may have been taken for useless and replaced, or not.
+    let _ = fs::remove_file(cache.live_path());
+    read_as_base(&new(), whole());
 });

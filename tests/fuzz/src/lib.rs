@@ -11,7 +11,7 @@ use std::sync::{Arc, LazyLock};
 
 use tempfile::TempDir;
 use vmcache::engine::{Engine, Options, Part, Reader, Step};
-use vmcache::format::{BaseIdentity, ByteRange, Geometry, Layout};
+use vmcache::format::{BaseIdentity, ByteRange, Checksum, Geometry, HEADER_MAX, Header, Layout};
 use vmcache::image::{CreateOptions, create};
 
 /// Bytes read in one request.
@@ -88,13 +88,17 @@ impl Cache {
     }
 
     /// The bytes in front of the L2 tables, which never change after creation, but for the number of
-    /// checkpoints and the refcounts.
+    /// checkpoints and the refcounts. As the header has it that the file shows now; nothing where
+    /// that is refused.
     pub fn fixed_tables(&self) -> Vec<Vec<u8>> {
         let file = File::open(&self.path).unwrap();
-        let layout = &self.layout;
+        let start = read_up_to(&file, 0, HEADER_MAX);
+        let Ok(header) = Header::decode(&start, self.file_len()) else { return Vec::new() };
+        let checkpoints = header.checkpoints_offset().0;
+        let layout = Layout::new(&header.geometry);
         let areas = [
-            (0, 208),
-            (216, 16 << 10),
+            (0, checkpoints),
+            (checkpoints + 8, HEADER_MAX as u64),
             (layout.refcount_table_offset().0, layout.refcount_block_offset(0).0),
             (layout.offset(layout.l1_table).0, layout.offset(layout.l2_tables).0),
         ];
@@ -156,9 +160,12 @@ pub fn check_plan(engine: &Engine, layout: &Layout, range: ByteRange) {
     assert_eq!(at, range.end(), "a plan that is too short");
 }
 
-/// Reads a range, whatever comes of it; whether all of it was as the base has it.
-pub fn read(reader: &BaseReader, range: ByteRange) -> bool {
-    let mut same = true;
+/// Reads a range, which starts with a subcluster, of a cache that somebody prepared. No read fails,
+/// and all bytes are as the base has them. `may_be` is asked about each subcluster of which that is
+/// not so, by its number from the start of the disk, with what it seems to hold.
+pub fn read_prepared(reader: &BaseReader, range: ByteRange, may_be: impl Fn(u64, &[u8]) -> bool) {
+    let size = reader.engine().header().geometry.subcluster_size();
+    let used = reader.engine().is_active();
     let mut at = range.start;
     while at < range.end() {
         let len = PIECE.min(range.end() - at);
@@ -167,21 +174,88 @@ pub fn read(reader: &BaseReader, range: ByteRange) -> bool {
         let mut expected = vec![0; len as usize];
         reader.read(&mut found, at).unwrap();
         base(&mut expected, at).unwrap();
-        same &= found == expected;
+        let parts = found.chunks(size as usize).zip(expected.chunks(size as usize));
+        for (number, (found, expected)) in (at / size..).zip(parts) {
+            assert!(
+                found == expected || used && may_be(number, found),
+                "subcluster {number} of {size} bytes is not what the base has"
+            );
+        }
         at += len;
     }
-    same
 }
 
-/// Reads a range that has to be as the base has it.
+/// Reads a range that has to be as the base has it, whatever lies in its way.
 pub fn read_as_base(reader: &BaseReader, range: ByteRange) {
-    assert!(read(reader, range), "wrong bytes within {range:?}");
+    let mut at = range.start;
+    while at < range.end() {
+        let len = PIECE.min(range.end() - at);
+        let mut found = vec![0xa5; len as usize];
+        let mut expected = vec![0; len as usize];
+        reader.read(&mut found, at).unwrap();
+        base(&mut expected, at).unwrap();
+        assert!(found == expected, "wrong bytes within {at}..{}", at + len);
+        at += len;
+    }
 }
 
-/// Reads a range of a cache that somebody prepared. No read fails; an engine that does not use the
-/// cache gives what the base has, and with feature `verified` so does one that does.
-pub fn read_prepared(reader: &BaseReader, range: ByteRange) {
-    let same = read(reader, range);
-    let must_be_same = cfg!(feature = "verified") || !reader.engine().is_active();
-    assert!(same || !must_be_same, "wrong bytes within {range:?}");
+/// The checksums of an image's subclusters, as somebody prepared them. A CRC is no signature: who
+/// can write the image can write one that fits.
+pub struct Checksums {
+    first: u64,
+    subcluster_size: usize,
+    values: Vec<Checksum>,
+}
+
+impl Checksums {
+    /// Those of a range, as they are in the file now.
+    pub fn read(engine: &Engine, range: ByteRange) -> Self {
+        let size = engine.header().geometry.subcluster_size();
+        let (first, end) = (range.start / size, range.end().div_ceil(size));
+        // An image that was left aside may be too short to have any.
+        let values = engine.image().read_checksums(first, end - first).unwrap_or_default();
+        Checksums { first, subcluster_size: size as usize, values }
+    }
+
+    /// Whether they say that a subcluster holds these bytes.
+    pub fn vouch_for(&self, number: u64, bytes: &[u8]) -> bool {
+        let mut whole = bytes.to_vec();
+        whole.resize(self.subcluster_size, 0);
+        let value = self.values.get((number - self.first) as usize);
+        let is_zero = whole.iter().all(|byte| *byte == 0);
+        value.is_some_and(|value| {
+            *value == Checksum::of(number, &whole) || is_zero && *value == Checksum::ZERO
+        })
+    }
+}
+
+/// The type of vmcache's header extension, where its CRC stands in it, and its number of
+/// checkpoints, which the CRC leaves out.
+const EXTENSION: u32 = 0x766d_6363;
+const HEADER_CRC_AT: usize = 44;
+const CHECKPOINTS_AT: usize = 88;
+
+/// Gives a header, the start of a file, the CRC that it has to have; without vmcache's extension, or
+/// without a name of the base, it stays as it is.
+pub fn seal(bytes: &mut [u8]) {
+    let _ = try_seal(bytes);
+}
+
+fn try_seal(bytes: &mut [u8]) -> Option<()> {
+    let u32_at = |bytes: &[u8], at: usize| {
+        Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?) as usize)
+    };
+    let name_at = u64::from_be_bytes(*bytes.get(8..)?.first_chunk()?) as usize;
+    let end = name_at.checked_add(u32_at(bytes, 16)?)?;
+    let mut at = u32_at(bytes, 100)?;
+    while u32_at(bytes, at)? != EXTENSION as usize {
+        at = at.checked_add(8 + u32_at(bytes, at + 4)?)?.checked_next_multiple_of(8)?;
+    }
+    let data = at + 8;
+    let mut covered = bytes.get(..end)?.to_vec();
+    covered.get_mut(data + HEADER_CRC_AT..)?.first_chunk_mut::<4>()?.fill(0);
+    covered.get_mut(data + CHECKPOINTS_AT..)?.first_chunk_mut::<8>()?.fill(0);
+    *bytes.get_mut(data + HEADER_CRC_AT..)?.first_chunk_mut()? =
+        crc32c::crc32c(&covered).to_be_bytes();
+    Some(())
 }
