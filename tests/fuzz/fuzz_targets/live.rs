@@ -99,6 +99,11 @@ enum Change {
         bits: u64,
         on_disk: u64,
     },
+    /// One that says of a cluster what is so of another.
+    EntryOf {
+        cluster: u8,
+        other: u8,
+    },
     Claim {
         cluster: u8,
         subcluster: u8,
@@ -114,16 +119,18 @@ enum Change {
 
 struct Prepared {
     image: Template,
-    live: Template,
+    /// All bytes, since one with holes where none should be is not joined.
+    live: Vec<u8>,
 }
 
 fn geometry() -> Geometry {
-    Geometry::with_cluster_size(16 * KIB, 3 << 20).unwrap()
+    // A few clusters more than one group has.
+    Geometry::with_cluster_size(16 * KIB, (2 << 20) + 64 * KIB).unwrap()
 }
 
 static PREPARED: LazyLock<Prepared> = LazyLock::new(|| {
     let cache = Cache::half_full(geometry());
-    Prepared { image: Template::of(&cache.path), live: Template::of(&cache.live_path()) }
+    Prepared { image: Template::of(&cache.path), live: fs::read(cache.live_path()).unwrap() }
 });
 
 impl Change {
@@ -132,13 +139,13 @@ impl Change {
         match self {
             Change::Shared { word, .. } => (SPACE..SPACE + 8).contains(&(word % 32)),
             Change::FreeList { .. } | Change::FreeListOf { .. } => true,
-            Change::Entry { .. } | Change::EntryAt { .. } => true,
+            Change::Entry { .. } | Change::EntryAt { .. } | Change::EntryOf { .. } => true,
             _ => false,
         }
     }
 
     /// The words of eight bytes to write, and where.
-    fn words(&self, cache: &Cache) -> Vec<(u64, u64)> {
+    fn words(&self, cache: &Cache, live: &File) -> Vec<(u64, u64)> {
         let words = |at: u64, words: &[u64]| (at..).step_by(8).zip(words.to_vec()).collect();
         let clusters = geometry().clusters();
         let group = |cluster: u8| {
@@ -171,6 +178,10 @@ impl Change {
                 let host = cache.layout.offset(cache.layout.data - 2 + u64::from(*host)).0;
                 words(entry(*cluster), &[host, *bits, *on_disk])
             }
+            Change::EntryOf { cluster, other } => {
+                let [host, bits] = [0, 8].map(|word| word_at(live, entry(*other) + word));
+                words(entry(*cluster), &[host, bits, 0])
+            }
             Change::Claim { cluster, subcluster, value } => {
                 let at = claims(*cluster) + u64::from(subcluster % 16) * 8;
                 words(at, &[u64::from(*value)])
@@ -183,16 +194,19 @@ impl Change {
     }
 }
 
+fn word_at(live: &File, at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    // Nothing is there any more where it was cut off.
+    let _ = live.read_at(&mut bytes, at).unwrap();
+    u64::from_le_bytes(bytes)
+}
+
 /// What a live file says of each cluster: masks of the subclusters that read as zeros.
 fn zeros(live: &File) -> Vec<u32> {
-    let zero = |cluster: u64| {
-        let at = GROUPS + cluster / 128 * GROUP + cluster % 128 * ENTRY + 8;
-        let mut bits = [0; 8];
-        // Nothing is there any more where it was cut off.
-        let _ = live.read_at(&mut bits, at).unwrap();
-        (u64::from_le_bytes(bits) >> 32) as u32
-    };
-    (0..geometry().clusters()).map(zero).collect()
+    (0..geometry().clusters())
+        .map(|cluster| GROUPS + cluster / 128 * GROUP + cluster % 128 * ENTRY)
+        .map(|entry| (word_at(live, entry + 8) >> 32) as u32)
+        .collect()
 }
 
 fn whole() -> ByteRange {
@@ -217,7 +231,7 @@ fuzz_target!(|input: Input| {
     };
     let (image, live) = (open(&cache.path), open(&cache.live_path()));
     prepared.image.write(&image);
-    prepared.live.write(&live);
+    live.write_all_at(&prepared.live, 0).unwrap();
     let inodes = [&image, &live].map(|file| file.metadata().unwrap().ino().to_le_bytes()).concat();
     live.write_all_at(&inodes, IMAGE_INODE).unwrap();
     let new = || cache.reader().expect("the image itself is sound");
@@ -230,11 +244,14 @@ fuzz_target!(|input: Input| {
             Some(other)
         }
     };
-    for (at, word) in changes.iter().flat_map(|change| change.words(&cache)) {
+    let is_joined =
+        || fs::metadata(cache.live_path()).unwrap().ino() == live.metadata().unwrap().ino();
+    assert!(is_joined(), "a sound live file was replaced");
+    for (at, word) in changes.iter().flat_map(|change| change.words(&cache, &live)) {
         live.write_all_at(&word.to_le_bytes(), at).unwrap();
     }
     if let Some(cut) = cut {
-        live.set_len(prepared.live.len - u64::from(cut)).unwrap();
+        live.set_len(prepared.live.len() as u64 - u64::from(cut)).unwrap();
     }
 
     let before = cache.fixed_tables();
@@ -242,6 +259,7 @@ fuzz_target!(|input: Input| {
     // An error is a fine answer; so is any number.
     let _ = Status::read(&cache.path);
     let reader = new();
+    assert!(is_joined() || cut.is_some() || !changes.is_empty(), "a sound live file was replaced");
     read_whole(&cache, &reader, &zeros);
     let places_are_sound = !changes.iter().any(Change::is_about_places);
     if places_are_sound {
@@ -267,5 +285,5 @@ fuzz_target!(|input: Input| {
     }
     // It may have been taken for useless and replaced, or not.
     let _ = fs::remove_file(cache.live_path());
-    read_as_base(&new(), whole());
+    read_as_base(&cache.reader_of_what_is_cached().unwrap(), whole());
 });

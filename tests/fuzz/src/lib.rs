@@ -83,7 +83,16 @@ impl Cache {
     }
 
     pub fn reader(&self) -> vmcache::error::Result<BaseReader> {
-        let engine = Engine::open(&self.path, &Options::default())?;
+        self.open(&Options::default())
+    }
+
+    /// One that adds nothing to the cache.
+    pub fn reader_of_what_is_cached(&self) -> vmcache::error::Result<BaseReader> {
+        self.open(&Options { populate: false, ..Options::default() })
+    }
+
+    fn open(&self, options: &Options) -> vmcache::error::Result<BaseReader> {
+        let engine = Engine::open(&self.path, options)?;
         Ok(Reader::new(Arc::new(engine), base))
     }
 
