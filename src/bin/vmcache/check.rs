@@ -164,8 +164,9 @@ fn write_human(out: &mut dyn Write, args: &Args, report: &Report) -> Result<()> 
     if report.corruptions != 0 {
         writeln!(
             out,
-            "{} errors were found on the image. Reads that they touch go to the base, all reads where \
-             tables are damaged; 'vmcache check --repair {cache}' drops what is damaged.",
+            "{} errors were found on the image. As long as they are there, reads go to the base \
+             (those of what is bad, or all where tables are damaged); \
+             'vmcache check --repair {cache}' drops what is damaged.",
             report.corruptions
         )?;
     }
