@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::verify::Seen;
+use super::verify::{Known, Seen};
 use super::{Options, Surroundings};
 use crate::image::{BaseWatch, Image};
 use crate::live::claim::Owner;
@@ -53,6 +53,7 @@ pub struct Core {
     pub spare: Mutex<Vec<u64>>,
     /// The data that this open has held against its checksums.
     pub seen: Seen,
+    pub known: Known,
     found_bad: OnceLock<()>,
     /// The sample of the base, once it is taken.
     sample: OnceLock<[u8; 32]>,
@@ -69,6 +70,7 @@ impl Core {
         Core {
             surroundings: options.surroundings.clone(),
             seen: Seen::new(image.geometry()),
+            known: Known::new(),
             found_bad: OnceLock::new(),
             sample: OnceLock::new(),
             base: OnceLock::new(),

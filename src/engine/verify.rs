@@ -4,8 +4,9 @@
 //!
 //! ```text
 //!   plan            data that this open has not seen yet       -> Step::Check
-//!   the caller      reads the checksums and the data, both from the image file
-//!   is_sound        all fits: the caller serves it, and it is a plain hit from then on
+//!   the caller      reads the data from the image file
+//!   fits_known      the checksums around were read lately: served without reading them again
+//!   is_sound        with the checksums from the file; all fits: served, and a plain hit from then on
 //!                   something does not: the caller serves the base's bytes ...
 //!   repair          ... and hands them over; the populating thread rewrites what is bad
 //! ```
@@ -20,6 +21,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
 
 use super::core::Core;
 use crate::error::Result;
@@ -66,6 +69,54 @@ impl Seen {
     }
 }
 
+/// Subclusters whose checksums are read and kept together: 4 KiB of them.
+const WINDOW: u64 = 1024;
+/// Windows that are kept at the most: 2 MiB of checksums, of 2 GiB of the guest's disk by default.
+const WINDOWS: u64 = 512;
+
+/// Checksums that were read lately, so that a block need not cost a read of its own for them. What
+/// is in here may be older than the file; it proves that data is sound, never that it is not.
+#[derive(Debug)]
+pub struct Known {
+    windows: Box<[Mutex<Option<Window>>]>,
+}
+
+/// A window by number, and its checksums.
+type Window = (u64, Vec<Checksum>);
+
+impl Known {
+    pub fn new() -> Self {
+        Known { windows: (0..WINDOWS).map(|_| Mutex::default()).collect() }
+    }
+
+    /// Asks `fits` with a look-up by subcluster, where the one window asked for is known.
+    fn with(
+        &self,
+        windows: std::ops::Range<u64>,
+        fits: impl FnOnce(&dyn Fn(u64) -> Option<Checksum>) -> bool,
+    ) -> bool {
+        let Some(place) = self.windows.get((windows.start % WINDOWS) as usize) else {
+            return false;
+        };
+        let kept = place.lock();
+        match &*kept {
+            Some((window, checksums)) if windows == (*window..*window + 1) => {
+                fits(&|number| checksums.get((number % WINDOW) as usize).copied())
+            }
+            _ => false,
+        }
+    }
+
+    /// Keeps the checksums of some windows.
+    fn keep(&self, windows: std::ops::Range<u64>, checksums: &[Checksum]) {
+        for (window, part) in windows.zip(checksums.chunks(WINDOW as usize)) {
+            if let Some(place) = self.windows.get((window % WINDOWS) as usize) {
+                *place.lock() = Some((window, part.to_vec()));
+            }
+        }
+    }
+}
+
 /// Cached subclusters that have to be held against their checksums before they are served.
 #[derive(Debug)]
 pub struct Check {
@@ -87,16 +138,42 @@ impl Check {
         (self.host, (self.count << self.core.image.geometry().subcluster_bits()) as usize)
     }
 
-    /// Where their checksums stand in the image file, and how many bytes.
+    /// Where their checksums stand in the image file, and how many bytes: with those around them,
+    /// which are likely to be asked for next.
     pub fn checksums(&self) -> (HostOffset, usize) {
-        let at = self.core.image.layout().checksum_offset(self.first);
-        (at, self.count as usize * Checksum::SIZE)
+        let windows = self.windows();
+        let at = self.core.image.layout().checksum_offset(windows.start * WINDOW);
+        (at, ((windows.end - windows.start) * WINDOW) as usize * Checksum::SIZE)
+    }
+
+    /// The windows that its subclusters lie in.
+    fn windows(&self) -> std::ops::Range<u64> {
+        self.first / WINDOW..(self.first + self.count).div_ceil(WINDOW)
+    }
+
+    /// Whether all data fits checksums that were read before. If so it is a hit from now on;
+    /// otherwise the ones in the file tell.
+    pub fn fits_known(&self, data: &[u8]) -> bool {
+        let fits = data.len() == self.data().1
+            && self.core.known.with(self.windows(), |checksums| {
+                self.subclusters(data).all(|(number, data)| {
+                    checksums(number).is_some_and(|sum| sum == Checksum::of(number, data))
+                })
+            });
+        if fits {
+            (self.first..self.first + self.count).for_each(|number| see(&self.core, number));
+        }
+        fits
     }
 
     /// Whether all data fits its checksums, both as they are in the file. If so it is a hit from
     /// now on.
     pub fn is_sound(&self, checksums: &[u8], data: &[u8]) -> bool {
-        let expected = decode_checksums(checksums);
+        let around = decode_checksums(checksums);
+        let windows = self.windows();
+        let skip = (self.first - windows.start * WINDOW) as usize;
+        let expected: Vec<Checksum> =
+            around.iter().copied().skip(skip).take(self.count as usize).collect();
         // Buffers of other sizes than those asked for prove nothing.
         let whole = data.len() == self.data().1 && expected.len() as u64 == self.count;
         let (mut bad, mut first_bad) =
@@ -109,7 +186,8 @@ impl Check {
         }
         match first_bad {
             None => {
-                (self.first..self.first + self.count).for_each(|number| see(&self.core, number))
+                self.core.known.keep(windows, &around);
+                (self.first..self.first + self.count).for_each(|number| see(&self.core, number));
             }
             Some(number) => self.core.note_bad(number, bad),
         }
