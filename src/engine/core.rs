@@ -54,6 +54,8 @@ pub struct Core {
     /// The data that this open has held against its checksums.
     pub seen: Seen,
     pub known: Known,
+    /// Subclusters of which neither the data nor the checksum fitted the base.
+    pub neither: AtomicU64,
     found_bad: OnceLock<()>,
     /// The sample of the base, once it is taken.
     sample: OnceLock<[u8; 32]>,
@@ -71,6 +73,7 @@ impl Core {
             surroundings: options.surroundings.clone(),
             seen: Seen::new(image.geometry()),
             known: Known::new(),
+            neither: AtomicU64::new(0),
             found_bad: OnceLock::new(),
             sample: OnceLock::new(),
             base: OnceLock::new(),

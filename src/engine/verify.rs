@@ -14,8 +14,9 @@
 //! What was seen is remembered for each open on its own: nobody has to believe another process, and
 //! a hit looks at memory that nobody else writes to.
 //!
-//! Where neither what was stored nor its checksum fits the base's bytes, the base is most likely
-//! another one than the cache was made from; then nothing is repaired and the cache is given up.
+//! Where neither what was stored nor its checksum fits the base's bytes, both are bad; where there is
+//! much of that, the base is most likely another one than the cache was made from, though nothing
+//! else showed it (see `image::identity`), and the cache is given up.
 //!
 //! Used by `plan`, `populate` and `Engine`.
 
@@ -69,6 +70,8 @@ impl Seen {
     }
 }
 
+/// Subclusters that may fit neither their checksums nor the base.
+const MOST_NEITHER: u64 = 64;
 /// Subclusters whose checksums are read and kept together: 4 KiB of them.
 const WINDOW: u64 = 1024;
 /// Windows that are kept at the most: 2 MiB of checksums, of 2 GiB of the guest's disk by default.
@@ -226,9 +229,10 @@ impl Check {
                 continue;
             }
             let right = Checksum::of(number, base);
-            if found != base && checksum != right && checksum != Checksum::NONE {
+            let neither = found != base && checksum != right && checksum != Checksum::NONE;
+            if neither && self.core.neither.fetch_add(1, Ordering::Relaxed) >= MOST_NEITHER {
                 self.core.bypass(
-                    "cached data fits neither its checksum nor the base, which must have changed \
+                    "much cached data fits neither its checksum nor the base, which must have changed \
                      (if not, 'vmcache check --repair' drops the data)",
                 );
                 break;

@@ -39,6 +39,7 @@ mod options;
 mod process;
 mod quota;
 mod reads;
+mod rot;
 mod settings;
 mod sharing;
 mod stops;
