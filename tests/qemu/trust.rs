@@ -87,7 +87,10 @@ impl Node {
         let server = self.serve_options(user, &format!("{},{backing}", self.cache.options()));
         let other = vec![0x5a; self.cache.base.content.len()];
         let file = File::options().write(true).open(&base).expect("the copy");
+        let modified = file.metadata().and_then(|meta| meta.modified()).expect("its time");
         file.write_all_at(&other, 0).expect("other content");
+        // Or the reader would notice that its base was changed, and be right.
+        file.set_modified(modified).expect("its time");
         server
     }
 
