@@ -23,6 +23,8 @@ const SIZE: u64 = 2 * MIB + 3 * 512;
 /// The least quota that such an image can have.
 const LEAST: u64 = MIB + 28 * KIB;
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Repairs in one run: each waits a while for those who use the image.
+const REPAIRS: usize = 3;
 /// Opens at the same time.
 const OPENS: usize = 3;
 
@@ -127,6 +129,11 @@ fn perform(cache: &Cache, readers: &mut [Option<BaseReader>; OPENS], operation: 
 fuzz_target!(|input: Input| {
     let Input { cluster_bits, quota, mut operations } = input;
     operations.truncate(24);
+    let mut repairs = 0;
+    operations.retain(|operation| {
+        repairs += usize::from(matches!(operation, Operation::Repair));
+        repairs <= REPAIRS || !matches!(operation, Operation::Repair)
+    });
     let geometry = Geometry::new(14 + u32::from(cluster_bits % 5), SIZE).unwrap();
     let quota = quota.map(|more| LEAST + u64::from(more) * 4 * KIB);
     let cache = Cache::new(geometry, quota);
