@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, getpid};
@@ -81,7 +82,13 @@ fn read_and_be_killed(cache: &Cache, range: ByteRange) {
             kill(getpid(), Signal::SIGKILL).unwrap();
         }
         ForkResult::Parent { child } => {
-            let ended = waitpid(child, None).unwrap();
+            let ended = loop {
+                match waitpid(child, None) {
+                    // The fuzzer's own timer.
+                    Err(Errno::EINTR) => {}
+                    ended => break ended.unwrap(),
+                }
+            };
             assert!(
                 matches!(ended, nix::sys::wait::WaitStatus::Signaled(_, Signal::SIGKILL, _)),
                 "{ended:?}"
