@@ -29,6 +29,7 @@ readonly -A DEPS_PACKAGES=(
     [script]="python3 util-linux"
     [test]="python3 python3-libnbd nbdkit strace e2fsprogs util-linux mount"
     [trace]="strace"
+    [bench]="python3-matplotlib python3-tqdm nbdkit"
     [lint]="shellcheck"
 )
 

@@ -1,0 +1,112 @@
+"""bench_memory.py - the experiment of bench on memory: what an idle machine has more
+of it with the driver than without, before and after it has read a boot.
+
+Used by: bench.py. The machine is a qemu-system-x86_64 whose processor never starts;
+its block layer reads what the boot reads, by the monitor's own qemu-io command.
+"""
+
+import contextlib
+import json
+import socket
+import time
+
+import bench_lab
+from bench_replay import Cell
+
+# How long a machine is left alone before it is looked at: longer than a checkpoint takes to come.
+IDLE_SECONDS = 3
+
+
+class Monitor:
+    """QMP of one machine."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(60)
+        self.socket.connect(path)
+        self.lines = self.socket.makefile("rb")
+        self.lines.readline()
+        self.execute("qmp_capabilities")
+
+    def execute(self, command, **arguments):
+        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        for line in self.lines:
+            answer = json.loads(line)
+            if "error" in answer:
+                raise SystemExit(f"QMP {command}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+        raise SystemExit("a machine ended early")
+
+    def read(self, offset, length):
+        line = f'qemu-io disk0 "read -q {offset} {length}"'
+        said = self.execute("human-monitor-command", **{"command-line": line})
+        if said.strip():
+            raise SystemExit(f"reading in a machine: {said.strip()}")
+
+
+def resident(process):
+    """Rss, Pss and what is the process's alone, in bytes."""
+    sums = {}
+    with open(f"/proc/{process}/smaps_rollup", encoding="ascii") as lines:
+        for line in lines:
+            words = line.split()
+            if words[-1] == "kB":
+                sums[words[0].rstrip(":")] = int(words[1]) << 10
+    return {
+        "rss-bytes": sums["Rss"],
+        "pss-bytes": sums["Pss"],
+        "private-bytes": sums["Private_Clean"] + sums["Private_Dirty"],
+    }
+
+
+@contextlib.contextmanager
+def memory(lab, settings):
+    """Machines over one NFS base, idle after their start and after a boot's reads."""
+    network = lab.networks["unshaped"]
+
+    def machines(kind, count):
+        with lab.scratch() as directory, bench_lab.Servers() as start:
+            cache = f"{directory}/cache.qcow2"
+            lab.create_cache(network, cache, network.base())
+            names = []
+            for number in range(count):
+                name = f"{directory}/vm-{number}"
+                lab.create_overlay(f"{name}.qcow2", network.base())
+                drive = f"if=none,id=disk0,driver=qcow2,file.filename={bench_lab.value(name)}.qcow2"
+                if kind == "vmcache":
+                    drive += f",backing.driver=vmcache,backing.file.filename={bench_lab.value(cache)}"
+                words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-S", "-accel", "tcg", "-m", "128"]
+                words += ["-display", "none", "-drive", drive, "-device", "virtio-blk-pci,drive=disk0"]
+                words += ["-qmp", f"unix:{name},server=on,wait=off", "-pidfile", f"{name}.pid"]
+                start(network.on_node(*(lab.preload(*words) if kind == "vmcache" else words)), name)
+                names.append(name)
+            start.ready()
+            processes = []
+            for name in names:
+                with open(f"{name}.pid", encoding="ascii") as line:
+                    processes.append(int(line.read()))
+
+            def rows(state):
+                time.sleep(IDLE_SECONDS)
+                for number, process in enumerate(processes):
+                    yield {
+                        "competitor": kind,
+                        "machines": count,
+                        "state": state,
+                        "machine": number,
+                        **resident(process),
+                    }
+
+            yield from rows("started")
+            for name in names:
+                monitor = Monitor(name)
+                for _, offset, length in lab.reads:
+                    monitor.read(offset, length)
+            yield from rows("has read a boot")
+
+    yield [
+        Cell(f"{count} idle qemu-system, {kind}", 8 + 2 * count, lambda one=(kind, count): machines(*one), most)
+        for count, most in ((1, settings["memory-rounds"]), (settings["memory-machines"], 1))
+        for kind in ("plain NFS", "vmcache")
+    ]

@@ -1,0 +1,175 @@
+"""bench_reads.py - the experiments of bench that need no storage node: reads of a warm
+image, and opening it.
+
+Used by: bench.py. Reads are `qemu-img bench`, opens are `qemu-io`, both unmodified.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import time
+
+import bench_lab
+import warm_shared
+from bench_replay import Cell
+
+# From this size on reads are sequential; below, in an order that no read-ahead guesses.
+SEQUENTIAL = 1 << 20
+# Reads of an image that the page cache does not have.
+EMPTY_READS = 4000
+DIRECT = "raw native O_DIRECT"
+
+
+class WarmLab(warm_shared.Lab):
+    """The images of bench-warm-shared, and two more ways to read them."""
+
+    def __init__(self, lab, directory, mib):
+        super().__init__(argparse.Namespace(programs=lab.programs, directory=directory, size=mib, depth=1))
+        self.qcow2 = f"{directory}/base.qcow2.full"
+        self.kinds["qcow2 io_uring"] = ["-f", "qcow2", "-i", "io_uring", self.qcow2]
+        self.kinds[DIRECT] = ["-f", "raw", "-t", "none", "-i", "native", self.base]
+
+    def prepare(self):
+        self.fill()
+        bench_lab.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", self.base, self.qcow2])
+        # All come to the page cache in the same way: it matters in how large pieces it has them.
+        self.reload()
+        self.forget()
+        self.reload()
+
+    def reload(self):
+        for path in (self.base, self.cache, self.qcow2):
+            self.load(path)
+
+    def forget(self):
+        """Takes the images out of the page cache."""
+        for path in (self.base, self.cache, self.qcow2):
+            with open(path, "rb") as image:
+                os.posix_fadvise(image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def reads(lab, settings):
+    """Reads of a warm image by block size and depth, and some while the page cache is empty."""
+    with lab.scratch() as directory:
+        warm = WarmLab(lab, directory, settings["read-mib"])
+        warm.prepare()
+        whole = warm.size // warm_shared.BLOCK
+        start_up = {kind: warm.start_up(kind) for kind in warm.kinds}
+        counts = {}
+
+        def rate(state, kind, block, depth, count):
+            warm.block, warm.depth = block, depth
+            # Zero is qemu-img's word for one block after the other.
+            warm.stride = 0 if block >= SEQUENTIAL else warm_shared.STRIDE
+            row = warm.run(kind, 1, count)
+            # What starting takes was measured with some reads of 4 KiB, which count for less of larger ones.
+            few = warm_shared.FEW * min(1.0, warm_shared.BLOCK / block)
+            return {
+                "competitor": kind,
+                "state": state,
+                "block-bytes": block,
+                "depth": depth,
+                "reads": count,
+                "reads-per-second": row["reads-per-second"],
+                "bytes-per-second": row["reads-per-second"] * block,
+                "cpu-seconds-per-read": max(row["cpu-seconds"] - start_up[kind], 0.0) / (count - few),
+            }
+
+        def enough(kind, block, depth):
+            """How many reads take the time that a measurement is to take."""
+            count = min(2000, (256 << 20) // block)
+            while True:
+                took = count / rate("", kind, block, depth, count)["reads-per-second"]
+                if took > settings["reads-seconds"] / 4:
+                    break
+                count *= 4
+            count = int(count / took * settings["reads-seconds"])
+            # vmcache looks at a block's checksum when it reads it first, which is to be a small part.
+            passes = 4 * warm.size // max(block, warm_shared.BLOCK)
+            return max(count, passes if kind != DIRECT else 0)
+
+        def cached(*point):
+            if point not in counts:
+                counts[point] = enough(*point)
+            yield rate("warm", *point, counts[point])
+
+        def once(kind):
+            yield rate("warm, each block once", kind, warm_shared.BLOCK, 1, whole)
+
+        def empty(kind, depth):
+            warm.forget()
+            yield rate("page cache empty", kind, warm_shared.BLOCK, depth, min(EMPTY_READS, whole))
+            warm.reload()
+
+        cells = []
+        for block in settings["block-sizes"]:
+            for depth in settings["depths"]:
+                for kind in warm.kinds:
+                    text = f"{kind}, {block} B, depth {depth}"
+                    seconds = settings["reads-seconds"] + 0.2
+                    cells.append(Cell(text, seconds, lambda point=(kind, block, depth): cached(*point)))
+        for kind in warm.kinds:
+            cells.append(Cell(f"{kind}, each block once", 1, lambda kind=kind: once(kind)))
+        for depth in settings["depths"][:: len(settings["depths"]) - 1]:
+            for kind in warm.kinds:
+                text = f"{kind}, empty page cache, depth {depth}"
+                cells.append(Cell(text, 2, lambda point=(kind, depth): empty(*point)))
+        yield cells
+
+
+@contextlib.contextmanager
+def opening(lab, settings):
+    """Opening and closing a warm image, by the virtual size of its base.
+
+    One qemu-io opens and closes it many times; the same with few times is taken off, so that its own
+    start does not count. The base holds data in its first 64 MiB, all of which is cached.
+    """
+    data = 64 << 20
+    with lab.scratch() as directory:
+        images = {}
+        for gib in settings["open-sizes-gib"]:
+            base, cache, overlay = (f"{directory}/{gib}.{kind}" for kind in ("raw", "cache", "qcow2"))
+            with open(base, "wb") as out:
+                out.write(os.urandom(data))
+                out.truncate(gib << 30)
+            bench_lab.run([f"{lab.programs}/vmcache", "create", "-q", "-b", base, "-F", "raw", cache])
+            vmcache = f"driver=vmcache,file.filename={bench_lab.value(cache)}"
+            fill = [word for at in range(0, data, 1 << 20) for word in ("-c", f"read -q {at} 1M")]
+            bench_lab.run(lab.preload("qemu-io", "-r", *fill, "--image-opts", vmcache))
+            bench_lab.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", overlay])
+            images[gib] = {
+                "vmcache": vmcache,
+                "qcow2 overlay": f"driver=qcow2,file.filename={bench_lab.value(overlay)}",
+                "raw": f"driver=raw,file.driver=file,file.filename={bench_lab.value(base)}",
+            }
+
+        def spent(kind, image, times):
+            # One read after each open: an open that put its work off must do it.
+            text = f"open -r -o {image}\nread -q 0 4k\nclose\n" * times
+            command = ["qemu-io"] if kind != "vmcache" else lab.preload("qemu-io")
+            began = time.monotonic()
+            done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+            took = time.monotonic() - began
+            if done.returncode != 0 or "an't" in done.stdout + done.stderr:
+                raise SystemExit(f"qemu-io could not open {image}: {done.stdout[-500:]} {done.stderr[-500:]}")
+            return took
+
+        def measure(kind, gib):
+            few, many = settings["opens"] // 10, settings["opens"]
+            image = images[gib][kind]
+            seconds = (spent(kind, image, many) - spent(kind, image, few)) / (many - few)
+            row = {"competitor": kind, "virtual-bytes": gib << 30, "opens": many, "seconds": seconds}
+            if kind == "vmcache":
+                row["cached-bytes"] = json.loads(
+                    bench_lab.run([f"{lab.programs}/vmcache", "info", "--output=json", f"{directory}/{gib}.cache"])
+                )["cached-bytes"]
+            yield row
+
+        yield [
+            Cell(f"{kind}, {gib} GiB", 0.5, lambda point=(kind, gib): measure(*point))
+            for gib in settings["open-sizes-gib"]
+            for kind in images[gib]
+        ]

@@ -1,0 +1,344 @@
+"""bench_report.py - what a run of bench found: tables of medians, and which targets
+are met.
+
+Used by: bench.py and bench_plot.py.
+Promises: figures are medians over the rounds, with the least and the greatest beside
+the first one where there are several. What was not measured is in no table, and a
+target that needs it is named as not measured.
+"""
+
+import statistics
+
+import report
+
+MIB = 1 << 20
+# 4 KiB at random: the depth, the other, how many times its reads in a second.
+WARM_TARGETS = ((1, "raw threads", 8), (1, "raw io_uring", 1.25), (64, "raw threads", 3.5), (64, "raw io_uring", 1.35))
+
+
+def median(rows, key, **where):
+    """The median of a value over the rows in which all of `where` holds, or None."""
+    values = [row[key] for row in rows if all(row.get(name) == wanted for name, wanted in where.items())]
+    return statistics.median(values) if values else None
+
+
+# ---- tables ----------------------------------------------------------------
+
+
+def seconds(number):
+    return f"{number:.2f}" if number >= 0.1 else f"{number:.3f}"
+
+
+def milliseconds(number):
+    return f"{number * 1e3:.2f}"
+
+
+def microseconds(number):
+    return f"{number * 1e6:.2f}"
+
+
+def megabytes(number):
+    number /= 1e6
+    return f"{number:,.2f}" if number < 1 else f"{number:,.1f}" if number < 1000 else f"{number:,.0f}"
+
+
+def count(number):
+    return f"{number:,.0f}"
+
+
+def ratio(number):
+    return f"{number:.3f}"
+
+
+def share(number):
+    return f"{number:.1%}"
+
+
+def size(number):
+    if not number:
+        return "none"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            break
+        number /= 1024
+    else:
+        unit = "TiB"
+    return f"{number:g} {unit}"
+
+
+def distinct(row):
+    return row["link-bytes"] / row["distinct-bytes"]
+
+
+REPLAY = [
+    ("last done s", "last-seconds", seconds),
+    ("first s", "first-seconds", seconds),
+    ("CPU s", "cpu-seconds", seconds),
+    ("link MB", "link-bytes", megabytes),
+    ("x distinct", distinct, ratio),
+]
+MEMORY = {"rss": "Rss", "pss": "Pss", "private": "own"}
+CACHED = ("image MB", "image-bytes", megabytes)
+# For each experiment: what it is, what its tables are divided by, what makes a row, and the
+# columns, the first with its spread.
+TABLES = {
+    "nodes": (
+        "One base, one machine on each node, a cache for each node",
+        [("network", "{} link"), ("boot-seconds", "{:g} s of think time")],
+        [("nodes", "nodes", str), ("competitor", "", str)],
+        REPLAY,
+    ),
+    "together": (
+        "Machines on one node, 1 Gbit/s",
+        [],
+        [("machines", "machines", str), ("competitor", "", str)],
+        REPLAY,
+    ),
+    "reads": (
+        "Reads of a warm image, one qemu-img bench; sequential from 1 MiB on, at random below",
+        [("state", "{}")],
+        [("block-bytes", "block", size), ("depth", "depth", str), ("competitor", "", str)],
+        [
+            ("reads/s", "reads-per-second", count),
+            ("MB/s", "bytes-per-second", megabytes),
+            ("CPU us/read", "cpu-seconds-per-read", microseconds),
+        ],
+    ),
+    "open": (
+        "Opening a warm image, reading 4 KiB and closing it",
+        [],
+        [("virtual-bytes", "virtual size", size), ("competitor", "", str)],
+        [("ms", "seconds", milliseconds)],
+    ),
+    "memory": (
+        "Memory of a qemu-system-x86_64 whose processor is stopped",
+        [],
+        [("machines", "machines", str), ("state", "", str), ("competitor", "", str)],
+        [(f"{name} MB", f"{key}-bytes", megabytes) for key, name in MEMORY.items()],
+    ),
+    "clusters": (
+        "Cluster sizes (unit: the least that is fetched), one machine, 1 Gbit/s",
+        [],
+        [("cluster-bytes", "cluster", size), ("unit-bytes", "unit", size), ("competitor", "", str)],
+        [REPLAY[0], *REPLAY[3:], CACHED],
+    ),
+    "quota": (
+        "Quotas, one machine, 1 Gbit/s",
+        [],
+        [("quota-bytes", "quota", size), ("competitor", "", str)],
+        [REPLAY[0], REPLAY[3], ("hit rate", "hit-rate", share), CACHED],
+    ),
+    "bases": (
+        "Different bases on a storage node with a slow disk: one read at a time, each {disk-milliseconds} ms more,\n"
+        "and memory in front that keeps what was read; all over 1 Gbit/s",
+        [("nodes", "{} nodes")],
+        [("bases", "bases", str), ("competitor", "", str)],
+        REPLAY,
+    ),
+}
+
+
+def groups(rows, keys):
+    """The rows by their values of the keys, in the order of values that are numbers."""
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    place = {key: number for number, key in enumerate(found)}
+
+    def numbers(key):
+        return [0 if isinstance(part, str) else part for part in key]
+
+    return sorted(found.items(), key=lambda one: (numbers(one[0]), place[one[0]]))
+
+
+def values(rows, key):
+    return [key(row) if callable(key) else row[key] for row in rows]
+
+
+def table(rows, names, columns):
+    found_groups = groups(rows, [key for key, *_ in names])
+    several = any(len(group) > 1 for _, group in found_groups)
+    # The competitor stands first, to the left.
+    names = sorted(names, key=lambda name: name[0] != "competitor")
+    heading = [title for _, title, _ in names]
+    for number, (title, *_) in enumerate(columns):
+        heading += [title, "least..greatest"] if several and number == 0 else [title]
+    lines = [heading]
+    for _, group in found_groups:
+        line = [show_name(group[0][key]) for key, _, show_name in names]
+        for number, (_, of, show_value) in enumerate(columns):
+            found = values(group, of)
+            line.append(show_value(statistics.median(found)))
+            if several and number == 0:
+                line.append(f"{show_value(min(found))}..{show_value(max(found))}" if len(found) > 1 else "once")
+        lines.append(line)
+    return report.table(lines)
+
+
+def show(results):
+    """Everything that was measured, for people."""
+    rows = results["measurements"]
+    machine = results["machine"]
+    print(f"{machine['cpu']}, {machine['cores']} processors, {machine['memory-bytes'] / (1 << 30):.0f} GiB")
+    print(f"{machine['system']}, Linux {machine['kernel']}; {machine['programs'].get('qemu-io')}")
+    loads = " ".join(f"{load:.2f}" for load in machine["load-at-start"])
+    print(f"load at start {loads}; took {results['seconds']:.0f} s")
+    for name, (title, sections, names, columns) in TABLES.items():
+        mine = [row for row in rows if row["experiment"] == name]
+        if not mine:
+            continue
+        print()
+        print(f"== {name}: {title.format_map(mine[0])}")
+        for key, group in groups(mine, [section for section, _ in sections]):
+            print()
+            if sections:
+                print(", ".join(text.format(part) for (_, text), part in zip(sections, key)))
+            # What only some of the competitors have, such as an image, the others lack.
+            shown = [column for column in columns if callable(column[1]) or all(column[1] in row for row in group)]
+            print(table(group, names, shown))
+    print()
+    print("== targets")
+    print()
+    lines = [["target", "needed", "measured", ""]]
+    for target in results["targets"]:
+        lines.append([target["target"], target["needed"], target["measured"], target["verdict"]])
+    print(report.table(lines))
+
+
+# ---- targets ---------------------------------------------------------------
+
+
+def target(text, needed, measured, met, **figures):
+    return {
+        "target": text,
+        "needed": needed,
+        "measured": measured,
+        "verdict": "met" if met else "NOT MET",
+        **figures,
+    }
+
+
+def paired(rows, key, mine, other):
+    """Ours as a multiple of another's, round by round: both were measured close to each other."""
+    found = []
+    for number in sorted({row["round"] for row in rows}):
+        pair = [median(rows, key, round=number, **where) for where in (mine, other)]
+        if None not in pair:
+            found.append(pair[0] / pair[1])
+    return found
+
+
+def compare(text, limit, times, least=False):
+    """A target for multiples: their median at most, or at least, the limit."""
+    if not times:
+        return []
+    middle = statistics.median(times)
+    measured = f"{middle:.3f}"
+    if len(times) > 1:
+        measured += f" ({min(times):.3f}..{max(times):.3f})"
+    met = middle >= limit if least else middle <= limit
+    return [target(text, f"{'>=' if least else '<='} {limit}", measured, met, ratio=middle, ratios=times)]
+
+
+def reads(rows):
+    rows = [row for row in rows if row["experiment"] == "reads"]
+
+    def race(text, limit, kind, **where):
+        sides = ({"competitor": one, **where} for one in ("vmcache", kind))
+        return compare(f"{text}, against {kind}", limit, paired(rows, "reads-per-second", *sides), least=True)
+
+    found = []
+    for depth, kind, limit in WARM_TARGETS:
+        where = {"state": "warm", "block-bytes": 4096, "depth": depth}
+        found += race(f"warm 4 KiB random, depth {depth}", limit, kind, **where)
+    for depth in sorted({row["depth"] for row in rows if row["block-bytes"] == MIB}):
+        where = {"state": "warm", "block-bytes": MIB, "depth": depth}
+        found += race(f"warm 1 MiB sequential, depth {depth}", 1, "raw io_uring", **where)
+    for depth in sorted({row["depth"] for row in rows if row["state"] == "page cache empty"}):
+        where = {"state": "page cache empty", "depth": depth}
+        found += race(f"page cache empty, 4 KiB random, depth {depth}", 1, "raw threads", **where)
+    return found
+
+
+def replays(rows):
+    wanted = ("nodes", "shaped", 0)
+    rows = [row for row in rows if (row["experiment"], row.get("network"), row.get("boot-seconds")) == wanted]
+
+    def of(key, kind, nodes):
+        return median(rows, key, competitor=kind, nodes=nodes)
+
+    one = {kind: of("last-seconds", kind, 1) for kind in ("vmcache warm", "local raw file")}
+    cold, plain = ({"competitor": kind, "nodes": 1} for kind in ("vmcache cold", "plain NFS"))
+    times = paired(rows, "last-seconds", cold, plain)
+    found = compare("cold boot, 1 Gbit/s: time against plain NFS", 1.02, times)
+    times = [distinct(row) for row in rows if row["competitor"] == "vmcache cold" and row["nodes"] == 1]
+    found += compare("cold boot, 1 Gbit/s: bytes against the distinct blocks", 1.02, times)
+    many = [row["nodes"] for row in rows if row["competitor"] == "vmcache warm" and row["nodes"] > 1]
+    if not many or one["vmcache warm"] is None:
+        return found
+    most = max(many)
+    last, local = of("last-seconds", "vmcache warm", most), of("last-seconds", "local raw file", most)
+    if local is not None:
+        # What as many readers of a local raw file take longer than one is what the processors cost.
+        cost = max(local - one["local raw file"], 0.0)
+        allowed = 1.1 * one["vmcache warm"] + cost
+        needed = f"<= {allowed:.2f} s"
+        text = f"{most} nodes warm: the slowest, against 1.1 times one node ({one['vmcache warm']:.2f} s)"
+        text += f" plus {cost:.2f} s for the processors"
+        found.append(target(text, needed, f"{last:.2f} s", last <= allowed, ratio=last / allowed, nodes=most))
+    warm, plain = of("link-bytes", "vmcache warm", most), of("link-bytes", "plain NFS", most)
+    if plain is not None:
+        part = warm / plain
+        text = f"{most} nodes warm: bytes of plain NFS's ({plain / 1e9:.2f} GB)"
+        found.append(target(text, "< 1 %", f"{part:.3%}", part < 0.01, ratio=part, nodes=most))
+    return found
+
+
+def sharing(rows):
+    rows = [row for row in rows if row["experiment"] == "together" and row["competitor"] == "vmcache cold"]
+    most = max((row["machines"] for row in rows), default=1)
+    if most == 1:
+        return []
+    text = f"{most} machines on one node, cold: base bytes against one machine's"
+    return compare(text, 1.05, paired(rows, "link-bytes", {"machines": most}, {"machines": 1}))
+
+
+def memory(rows):
+    rows = [row for row in rows if row["experiment"] == "memory"]
+    found = []
+    for (machines, state), group in groups(rows, ["machines", "state"]):
+        mine, plain = (
+            statistics.mean(row["rss-bytes"] for row in group if row["competitor"] == kind)
+            if any(row["competitor"] == kind for row in group)
+            else None
+            for kind in ("vmcache", "plain NFS")
+        )
+        if mine is None or plain is None:
+            continue
+        more = mine - plain
+        text = f"memory of an idle machine more than without ({machines} at once, {state})"
+        found.append(target(text, "< 8 MiB", f"{more / MIB:.1f} MiB", more < 8 * MIB, bytes=more))
+    return found
+
+
+def opening(rows):
+    rows = [row for row in rows if row["experiment"] == "open" and row["competitor"] == "vmcache"]
+    sizes = ({"virtual-bytes": 1 << bits} for bits in (40, 30))
+    return compare("opening a warm 1 TiB image, against one of 1 GiB", 2, paired(rows, "seconds", *sizes))
+
+
+def unmeasured():
+    """Of the project's targets, what this program has no way to measure."""
+    return [
+        {"target": text, "needed": needed, "measured": "-", "verdict": "not measured here"}
+        for text, needed in (
+            ("warm 4 KiB random against a driver of preadv2(RWF_NOWAIT) alone", "within 5 %"),
+            ("populate queue, and a bound the user can set", "<= 64 MiB"),
+        )
+    ]
+
+
+def targets(rows):
+    """Every target for which there are figures, and those that are not measured here."""
+    found = reads(rows) + replays(rows) + sharing(rows) + memory(rows) + opening(rows)
+    return found + unmeasured()
