@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # boot.sh - boots the base image's guest once, in any QEMU, and times it.
 #
-# Used by: lab.sh, and test for boots of other kinds (full disk, quota, ...).
+# Used by: lab.sh, record-boot, and test for boots of other kinds (full disk, quota, ...).
 # Promises: when boot_guest returns, QEMU has ended. Success means that the guest
 # reached multi-user and powered off by itself. The machine is the same each
 # time; only the disk differs.

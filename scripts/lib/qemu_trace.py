@@ -7,7 +7,8 @@ their bytes, and the distinct 4 KiB blocks they touched. That is how "what the
 base served" is counted: by QEMU itself, in the same way whatever stands above
 the base.
 
-Used by: report.py as a module; tests on the command line, which prints JSON.
+Used by: report.py as a module; tests on the command line, which prints JSON, and
+record-boot, for which it prints each read (--csv).
 Promises: a node is one opening of one file; an address that QEMU uses again for
 another node starts a new one. Lines of other events are skipped.
 """
@@ -20,6 +21,8 @@ import sys
 BLOCK = 4096
 
 OPEN = re.compile(r'bdrv_open_common bs (0x[0-9a-f]+) filename "(.*)" flags 0x[0-9a-f]+ format_name "(.*)"')
+# What comes before an event when QEMU runs with `-msg timestamp=on`.
+TIME = re.compile(r"^\d+@(\d+)\.(\d{6}):")
 READ = re.compile(r"bdrv_co_preadv_part bs (0x[0-9a-f]+) offset (0x[0-9a-f]+|\d+) bytes (0x[0-9a-f]+|\d+)")
 
 
@@ -72,6 +75,28 @@ def nodes(path):
     return found
 
 
+def timeline(path, driver, filename):
+    """Microseconds since the log began, offset and length of each read of the nodes of that driver
+    whose file name ends in `filename`."""
+    chosen = {}
+    began = None
+    with open(path, encoding="utf-8", errors="replace") as log:
+        for line in log:
+            time = TIME.match(line)
+            if not time:
+                continue
+            now = int(time.group(1)) * 1000000 + int(time.group(2))
+            began = now if began is None else began
+            opened = OPEN.search(line)
+            if opened:
+                address, name, of = opened.groups()
+                chosen[address] = of == driver and name.endswith(filename)
+                continue
+            read = READ.search(line)
+            if read and chosen.get(read.group(1)):
+                yield now - began, int(read.group(2), 0), int(read.group(3), 0)
+
+
 def select(found, driver=None, filename=None):
     """The nodes of that driver whose file name ends in `filename`, as one."""
     total = Node(filename or "", driver or "")
@@ -98,8 +123,18 @@ def main():
         metavar="TRACE",
         help="also count the distinct blocks that this trace's nodes of the same choice did not read",
     )
+    parser.add_argument(
+        "--csv",
+        action="store_true",
+        help="print microseconds, offset and length of each read of the one trace, taken with -msg timestamp=on",
+    )
     options = parser.parse_args()
 
+    if options.csv:
+        print("microseconds,offset,length")
+        for read in timeline(options.trace[0], options.driver or "raw", options.filename or ""):
+            print(*read, sep=",")
+        return
     found = [node for trace in options.trace for node in nodes(trace)]
     if options.driver is None and options.filename is None:
         result = [node.summary() for node in found if node.reads]
