@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """Replays a recorded boot in several qemu-io processes at once, and sums up.
 
+base    makes a raw image whose blocks that the trace reads all hold data
 run     starts the readers, opens the image in each, then hands all of them the
         whole trace at the same instant; leaves seconds and processor time
 note    prints that result as one line, with what else the caller knows
 report  prints a table of such lines, and judges it
 
-The trace is a CSV of microseconds,offset,length; think times are left out.
-Used by bench-shared.
+The trace is a CSV of microseconds,offset,length; the command leaves think times
+out. Used by bench-shared and bench, and by bench_lab.py as a module.
 """
 
 import argparse
 import json
 import os
+import random
 import re
 import resource
 import statistics
@@ -22,32 +24,63 @@ import threading
 import time
 
 BLOCK = 4096
+MIB = 1 << 20
 # A command that succeeds and prints one line, the length of the image.
 MARK = b"length\n"
 MARKED = re.compile(rb"\d (bytes|[KMGT]iB)$")
 
 
 def read_trace(path):
-    """Offsets and lengths, whole sectors."""
-    reads = []
+    """Microseconds, offsets and lengths; whole sectors."""
     with open(path, encoding="ascii") as lines:
-        for line in lines:
-            if line[0].isdigit():
-                _, offset, length = line.split(",")
-                reads.append((int(offset), int(length)))
-    return reads
+        return [tuple(map(int, line.split(","))) for line in lines if line[0].isdigit()]
 
 
 def distinct_bytes(reads):
     """Bytes of the distinct 4 KiB blocks that the reads touch."""
     blocks = set()
-    for offset, length in reads:
+    for _, offset, length in reads:
         blocks.update(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
     return len(blocks) * BLOCK
 
 
+def base(options):
+    """Random bytes where the trace reads, and more all over the image, as a system's files are."""
+    reads = read_trace(options.trace)
+    random_bytes = random.Random(1).randbytes
+    more = max(options.data - distinct_bytes(reads), 0) // MIB
+    with open(options.image, "wb") as image:
+        image.truncate(options.size)
+        for number in range(more):
+            image.seek(options.size // more * number // MIB * MIB)
+            image.write(random_bytes(MIB))
+        for _, offset, length in reads:
+            end = -(-(offset + length) // BLOCK) * BLOCK
+            image.seek(offset // BLOCK * BLOCK)
+            image.write(random_bytes(end - offset // BLOCK * BLOCK))
+        os.fsync(image.fileno())
+
+
+def script(reads, boot_seconds=0.0):
+    """qemu-io's commands for the reads, with a mark at the end.
+
+    The think times between them are those of the trace, scaled so that all together are
+    boot_seconds. qemu-io sleeps whole milliseconds; what is less adds up.
+    """
+    commands = []
+    scale = boot_seconds * 1000 / max(reads[-1][0] - reads[0][0], 1)
+    slept = 0
+    for microseconds, offset, length in reads:
+        wait = int((microseconds - reads[0][0]) * scale) - slept
+        if wait > 0:
+            commands.append(b"sleep %d\n" % wait)
+            slept += wait
+        commands.append(b"read -q %d %d\n" % (offset, length))
+    return b"".join(commands) + MARK
+
+
 class Reader:
-    """One qemu-io that has the image open and waits for commands."""
+    """One qemu-io that opens the image and then waits for commands."""
 
     def __init__(self, command):
         self.process = subprocess.Popen(
@@ -57,7 +90,6 @@ class Reader:
         self.problems = []
         self.process.stdin.write(MARK)
         self.process.stdin.flush()
-        self.wait_for_mark()
 
     def wait_for_mark(self):
         for line in self.process.stdout:
@@ -70,8 +102,11 @@ class Reader:
         def write():
             # qemu-io looks at its input when there is something to read, and takes one command;
             # what it has buffered beyond that it only looks at when the input has ended.
-            self.process.stdin.write(commands)
-            self.process.stdin.close()
+            try:
+                self.process.stdin.write(commands)
+                self.process.stdin.close()
+            except BrokenPipeError:
+                pass  # it ended, which finish() sees
 
         def follow():
             self.wait_for_mark()
@@ -89,16 +124,22 @@ class Reader:
             raise SystemExit("a qemu-io failed: " + "; ".join(self.problems[:3]))
 
 
-def run(options):
-    reads = read_trace(options.trace)
-    commands = b"".join(b"read -q %d %d\n" % read for read in reads) + MARK
+def replay(commands, text):
+    """Runs the commands, each a qemu-io with an image, and hands all of them the text at once.
+
+    Gives the seconds until each was done, the quickest first, and the processor seconds of all,
+    from their start to their end.
+    """
     readers = []
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
-        readers = [Reader(options.command) for _ in range(options.readers)]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for command in commands:
+            readers.append(Reader(command))
+        for reader in readers:
+            reader.wait_for_mark()
         began = time.monotonic()
         for reader in readers:
-            reader.start(commands, began)
+            reader.start(text, began)
         for reader in readers:
             reader.finish()
     finally:
@@ -107,12 +148,18 @@ def run(options):
                 reader.process.kill()
                 reader.process.wait()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = sorted(reader.seconds for reader in readers)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return sorted(reader.seconds for reader in readers), spent
+
+
+def run(options):
+    reads = read_trace(options.trace)
+    seconds, spent = replay([options.command] * options.readers, script(reads))
     result = {
         "readers": options.readers,
         "first-seconds": seconds[0],
         "last-seconds": seconds[-1],
-        "cpu-seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "cpu-seconds": spent,
         "distinct-bytes": distinct_bytes(reads),
     }
     with open(options.result, "w", encoding="ascii") as out:
@@ -174,6 +221,11 @@ def report(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="do", required=True)
+    sub = commands.add_parser("base")
+    sub.add_argument("--trace", required=True)
+    sub.add_argument("--size", type=int, required=True, help="bytes of the image")
+    sub.add_argument("--data", type=int, required=True, help="how many of them are not holes, about")
+    sub.add_argument("image")
     sub = commands.add_parser("run")
     sub.add_argument("--trace", required=True)
     sub.add_argument("--readers", type=int, required=True)
@@ -189,7 +241,7 @@ def main():
     sub.add_argument("--strict", action="store_true")
     sub.add_argument("--json")
     options = parser.parse_args()
-    return {"run": run, "note": note, "report": report}[options.do](options)
+    return {"base": base, "run": run, "note": note, "report": report}[options.do](options)
 
 
 if __name__ == "__main__":

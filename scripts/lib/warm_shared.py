@@ -3,7 +3,8 @@
 
 Makes a base of random bytes and a cache image that holds all of it, runs every
 combination in turn, prints a table or JSON, and judges it. Used by
-bench-warm-shared, whose help says what is measured.
+bench-warm-shared, whose help says what is measured, and by bench_reads.py as a
+module.
 """
 
 import argparse
@@ -39,6 +40,7 @@ class Lab:
         self.cache = f"{options.directory}/cache.qcow2"
         self.size = options.size << 20
         self.depth = options.depth
+        self.block, self.stride = BLOCK, STRIDE
         image = "driver=vmcache,file.filename=" + self.cache.replace(",", ",,")
         self.image_options = ["--image-opts", image]
         self.kinds = {
@@ -51,8 +53,8 @@ class Lab:
         return {**os.environ, "LD_PRELOAD": self.library} if kind == "vmcache" else None
 
     def command(self, kind, reads):
-        bench = ["qemu-img", "bench", "-s", str(BLOCK), "-S", str(STRIDE), "-c", str(reads), "-d", str(self.depth)]
-        return [*STACK, *bench, *self.kinds[kind]]
+        bench = ["qemu-img", "bench", "-s", str(self.block), "-S", str(self.stride)]
+        return [*STACK, *bench, "-c", str(reads), "-d", str(self.depth), *self.kinds[kind]]
 
     def status(self, command):
         said = subprocess.run([self.vmcache, command, "--output=json", self.cache], check=True, stdout=subprocess.PIPE)
@@ -75,11 +77,14 @@ class Lab:
         subprocess.run(["cmp", self.base, copy], check=True)
         os.remove(copy)
         for path in (self.base, self.cache):
-            # Nothing is to be written back while it is measured.
-            with open(path, "rb+") as image:
-                os.fsync(image.fileno())
-                while image.read(1 << 20):
-                    pass
+            self.load(path)
+
+    def load(self, path):
+        """Leaves all of a file in the page cache, and nothing of it to be written back."""
+        with open(path, "rb+") as image:
+            os.fsync(image.fileno())
+            while image.read(1 << 20):
+                pass
 
     def run(self, kind, processes, reads):
         """Runs that many at once; gives reads in a second and processor time of all of them."""
