@@ -12,7 +12,7 @@
 //!
 //! Nothing on disk ever refers to what may not be there: a cut between 3 and 4 leaves clusters with
 //! a refcount and no reference, leaks, which the next open gives back. An L2 entry lies within one
-//! sector and only gains bits. Whoever holds the lock on byte 402 of the image does this, for all
+//! sector and only gains bits, but for those of zeros that were found bad. Whoever holds the lock on byte 402 of the image does this, for all
 //! processes. Before it takes the first mark it says so in the live file; when it dies with marks in
 //! its hands, the next one looks at everything that is not on disk and does it again.
 //!
