@@ -1,9 +1,11 @@
 //! Warm reads side by side: what one unmodified QEMU makes of 4 KiB random reads whose data is in
-//! the page cache, through raw (threads and io_uring), qcow2 (io_uring) and vmcache.
+//! the page cache, through raw (threads and io_uring), qcow2 (io_uring) and vmcache. Once with each
+//! block read once, so that vmcache looks at the checksum of each, and once with the same blocks
+//! read again and again.
 //!
 //! `cargo bench --bench warm_read` runs `qemu-img bench` on each in turn, several rounds, and prints
 //! medians, their spread, and how many times vmcache's figure is of the others'. Options after
-//! `--`: `--rounds N`, `--reads N`, `--json FILE`. `QEMU_IMG` names another qemu-img.
+//! `--`: `--rounds N`, `--json FILE`. `QEMU_IMG` names another qemu-img.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -19,8 +21,21 @@ use common::{make_base, make_warm_cache, median, spread};
 
 const IMAGE: u64 = 512 << 20;
 const DEPTHS: [u32; 3] = [1, 16, 64];
-/// A stride of 252 blocks visits all blocks of the image in an order that no read-ahead guesses.
-const STRIDE: u64 = 252 * 4096;
+const BLOCK: u64 = 4096;
+
+/// Reads in an order that no read-ahead guesses: one every so many blocks, round and round.
+struct Load {
+    name: &'static str,
+    stride: u64,
+    reads: u64,
+}
+
+const LOADS: [Load; 2] = [
+    // An odd stride comes to every block before it comes to one again.
+    Load { name: "each block once", stride: 251 * BLOCK, reads: IMAGE / BLOCK },
+    // This one comes to every fourth block, and to each of them eight times.
+    Load { name: "blocks read eight times", stride: 252 * BLOCK, reads: 2 * IMAGE / BLOCK },
+];
 
 struct Candidate {
     name: &'static str,
@@ -30,7 +45,6 @@ struct Candidate {
 
 struct Settings {
     rounds: usize,
-    reads: u64,
     json: Option<PathBuf>,
     qemu_img: OsString,
     library: PathBuf,
@@ -41,18 +55,20 @@ fn main() -> Result<()> {
     let directory = tempfile::tempdir_in(".")?;
     let candidates = prepare(directory.path(), &settings)?;
     let mut results = Vec::new();
-    for depth in DEPTHS {
-        let mut seconds = vec![Vec::new(); candidates.len()];
-        for _ in 0..settings.rounds {
-            for (candidate, seconds) in candidates.iter().zip(&mut seconds) {
-                seconds.push(run(&settings, candidate, depth)?.as_secs_f64());
+    for load in &LOADS {
+        for depth in DEPTHS {
+            let mut seconds = vec![Vec::new(); candidates.len()];
+            for _ in 0..settings.rounds {
+                for (candidate, seconds) in candidates.iter().zip(&mut seconds) {
+                    seconds.push(run(&settings, candidate, load, depth)?.as_secs_f64());
+                }
             }
+            results.push((load, depth, seconds));
         }
-        results.push((depth, seconds));
     }
     print(&settings, &candidates, &results);
     match &settings.json {
-        Some(path) => write_json(path, &settings, &candidates, &results),
+        Some(path) => write_json(path, &candidates, &results),
         None => Ok(()),
     }
 }
@@ -60,7 +76,6 @@ fn main() -> Result<()> {
 fn settings() -> Result<Settings> {
     let mut settings = Settings {
         rounds: 5,
-        reads: 200_000,
         json: None,
         qemu_img: std::env::var_os("QEMU_IMG").unwrap_or_else(|| "qemu-img".into()),
         library: library()?,
@@ -72,12 +87,11 @@ fn settings() -> Result<Settings> {
             // What cargo itself adds.
             "--bench" => {}
             "--rounds" => settings.rounds = value()?.parse().context("--rounds")?,
-            "--reads" => settings.reads = value()?.parse().context("--reads")?,
             "--json" => settings.json = Some(value()?.into()),
-            _ => bail!("unknown option {argument}; there are --rounds N, --reads N, --json FILE"),
+            _ => bail!("unknown option {argument}; there are --rounds N, --json FILE"),
         }
     }
-    ensure!(settings.rounds > 0 && settings.reads > 0, "--rounds and --reads start at 1");
+    ensure!(settings.rounds > 0, "--rounds starts at 1");
     Ok(settings)
 }
 
@@ -131,7 +145,7 @@ fn prepare(directory: &Path, settings: &Settings) -> Result<Vec<Candidate>> {
     ])
 }
 
-fn run(settings: &Settings, candidate: &Candidate, depth: u32) -> Result<Duration> {
+fn run(settings: &Settings, candidate: &Candidate, load: &Load, depth: u32) -> Result<Duration> {
     // QEMU 10.0's io_uring submits the next request from within the completion of the last one; a
     // long row of immediate completions overruns the usual 8 MiB of stack. All get more.
     let mut command = Command::new("prlimit");
@@ -139,8 +153,8 @@ fn run(settings: &Settings, candidate: &Candidate, depth: u32) -> Result<Duratio
         .arg("--stack=unlimited")
         .arg(&settings.qemu_img)
         .arg("bench")
-        .args(["-s", "4096", "-S", &STRIDE.to_string()])
-        .args(["-c", &settings.reads.to_string(), "-d", &depth.to_string()])
+        .args(["-s", &BLOCK.to_string(), "-S", &load.stride.to_string()])
+        .args(["-c", &load.reads.to_string(), "-d", &depth.to_string()])
         .args(&candidate.arguments);
     if candidate.preload {
         command.env("LD_PRELOAD", &settings.library);
@@ -161,19 +175,25 @@ fn run(settings: &Settings, candidate: &Candidate, depth: u32) -> Result<Duratio
         .with_context(|| format!("qemu-img bench printed no time: {text}"))
 }
 
-fn print(settings: &Settings, candidates: &[Candidate], results: &[(u32, Vec<Vec<f64>>)]) {
-    println!(
-        "4 KiB random reads, page-cached, {} reads a run, median of {} rounds",
-        settings.reads, settings.rounds
-    );
-    println!("{:>5}  {:<16}{:>12}{:>9}{:>20}", "depth", "", "IOPS", "spread", "vmcache is times");
-    for (depth, seconds) in results {
+/// What one load at one depth took, by candidate and round.
+type Measured = (&'static Load, u32, Vec<Vec<f64>>);
+
+fn print(settings: &Settings, candidates: &[Candidate], results: &[Measured]) {
+    println!("4 KiB random reads, page-cached, median of {} rounds", settings.rounds);
+    for (load, depth, seconds) in results {
+        if *depth == DEPTHS[0] {
+            println!("{}, {} reads a run:", load.name, load.reads);
+            println!(
+                "{:>5}  {:<16}{:>12}{:>9}{:>20}",
+                "depth", "", "IOPS", "spread", "vmcache is times"
+            );
+        }
         let ours = seconds.last().map_or(f64::NAN, |seconds| median(seconds));
         for (candidate, seconds) in candidates.iter().zip(seconds) {
             println!(
                 "{depth:>5}  {:<16}{:>12.0}{:>7.1} %{:>20.2}",
                 candidate.name,
-                settings.reads as f64 / median(seconds),
+                load.reads as f64 / median(seconds),
                 spread(seconds),
                 median(seconds) / ours,
             );
@@ -181,26 +201,22 @@ fn print(settings: &Settings, candidates: &[Candidate], results: &[(u32, Vec<Vec
     }
 }
 
-fn write_json(
-    path: &Path,
-    settings: &Settings,
-    candidates: &[Candidate],
-    results: &[(u32, Vec<Vec<f64>>)],
-) -> Result<()> {
+fn write_json(path: &Path, candidates: &[Candidate], results: &[Measured]) -> Result<()> {
     let rows: Vec<_> = results
         .iter()
-        .flat_map(|(depth, all)| {
+        .flat_map(|(load, depth, all)| {
             candidates.iter().zip(all).map(move |(candidate, seconds)| {
                 serde_json::json!({
+                    "load": load.name,
+                    "reads": load.reads,
                     "depth": depth,
                     "driver": candidate.name,
                     "seconds": seconds,
-                    "iops": settings.reads as f64 / median(seconds),
+                    "iops": load.reads as f64 / median(seconds),
                 })
             })
         })
         .collect();
-    let report =
-        serde_json::json!({ "reads": settings.reads, "block-size": 4096, "results": rows });
+    let report = serde_json::json!({ "block-size": BLOCK, "results": rows });
     Ok(std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?)
 }

@@ -37,7 +37,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::Result;
-use crate::format::{ByteRange, Header};
+use crate::format::{ByteRange, Header, HostOffset};
 use crate::image::{Image, Observer};
 use crate::live::slot::Counters;
 
@@ -136,6 +136,13 @@ impl Engine {
     /// Whether the cache was given up for good.
     pub fn is_bypassed(&self) -> bool {
         self.core.is_off()
+    }
+
+    /// Where the bytes of a read within the disk lie in the image file, where they are all in one
+    /// place and need no look at their checksums any more; otherwise see [`Engine::plan`], which
+    /// this spares most reads of a warm cache.
+    pub fn hit(&self, range: ByteRange) -> Option<HostOffset> {
+        plan::hit(&self.core, range)
     }
 
     /// Plans a read of a range within the disk. Claims what nobody has and nobody is fetching.

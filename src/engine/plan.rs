@@ -16,9 +16,11 @@ use crate::format::{ByteRange, Geometry, GuestOffset, HostOffset, SUBCLUSTERS, S
 use crate::live::claim::{Claim, Owner};
 use crate::live::{LiveFile, MapEntry};
 
-/// Bytes fetched in one request to the base, or checked in one piece, at the most (and what a single
-/// cluster adds): bounds the buffer.
+/// Bytes fetched in one request to the base at the most: bounds the buffer.
 const FETCH_MAX: u64 = 2 << 20;
+/// Bytes checked in one piece at the most, or one subcluster: what is read, looked at and copied
+/// stays in the processor's cache meanwhile.
+const CHECK_MAX: u64 = 64 << 10;
 
 /// How often a claim is broken and tried for before the base is read without one: others may be
 /// faster once or twice, and only a live file that somebody tampers with goes on like that.
@@ -131,6 +133,31 @@ pub fn plan(core: &Arc<Core>, range: ByteRange) -> Plan {
     }
     planner.count();
     planner.plan
+}
+
+/// Where the bytes of a read lie in the image file, where they are data of one cluster that was seen
+/// to be sound: what a warm cache is asked for most. `None`: see [`plan`].
+pub fn hit(core: &Core, range: ByteRange) -> Option<HostOffset> {
+    let geometry = core.image.geometry();
+    let live = core.active()?;
+    let cluster = geometry.cluster_of(GuestOffset(range.start));
+    let cluster_start = bytes_end(geometry, cluster, 0);
+    if range.end() - cluster_start > geometry.cluster_size() {
+        return None;
+    }
+    let (first, end) = subclusters(geometry, cluster, range.start, range.end());
+    let entry = live.entry(cluster)?;
+    let sound = entry.bits().data() & core.seen.mask(cluster);
+    if (first..end).any(|subcluster| sound >> subcluster & 1 == 0) {
+        return None;
+    }
+    // After the bits, which say that there is one.
+    let host = entry.host().filter(|host| core.image.layout().is_data_cluster(*host))?;
+    if let Some(slot) = core.slot() {
+        slot.clear_stalled();
+    }
+    core.counters().hit_bytes.add(range.len);
+    Some(HostOffset(host.0 + (range.start - cluster_start)))
 }
 
 /// The state of the first bytes of a range and how many bytes share it, at least one.
@@ -273,6 +300,9 @@ impl Planner<'_> {
                     self.push(self.bytes(cluster, at, run_end, range), Step::Base);
                 }
             } else {
+                if class == Class::Unseen {
+                    run_end = run_end.min(at + self.most_checked() as u32);
+                }
                 let bytes = self.bytes(cluster, at, run_end, range);
                 let step = match (class, entry.host()) {
                     (Class::Zero, _) => Step::Zero,
@@ -360,6 +390,11 @@ impl Planner<'_> {
         self.plan.push(Part { guest: bytes, step: Step::Fetch(fetch) });
     }
 
+    /// Subclusters that are checked in one piece.
+    fn most_checked(&self) -> u64 {
+        (CHECK_MAX >> self.geometry.subcluster_bits()).max(1)
+    }
+
     /// Adds subclusters of a cluster that lies at `host` to be checked.
     fn push_check(
         &mut self,
@@ -372,10 +407,11 @@ impl Planner<'_> {
         let first = cluster * u64::from(SUBCLUSTERS) + u64::from(start);
         let count = u64::from(end - start);
         let host = HostOffset(host.0 + (u64::from(start) << self.geometry.subcluster_bits()));
+        let most = self.most_checked();
         if let Some(Part { guest, step: Step::Check(check) }) = self.plan.last_mut()
             && check.first + check.count == first
             && check.host.0 + check.data().1 as u64 == host.0
-            && check.data().1 < FETCH_MAX as usize
+            && check.count + count <= most
         {
             check.count += count;
             guest.len += bytes.len;

@@ -51,6 +51,9 @@ impl<B: Base> Reader<B> {
     /// where the base does.
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.engine.counters().reads.add(1);
+        if let Some(host) = self.engine.hit(ByteRange { start: offset, len: buf.len() as u64 }) {
+            return self.read_hit(buf, offset, host);
+        }
         let mut to_plan = vec![(buf, offset)];
         let mut waiting_since = None;
         while !to_plan.is_empty() {
@@ -85,13 +88,7 @@ impl<B: Base> Reader<B> {
             let (here, after) = rest.split_at_mut(guest.len as usize);
             rest = after;
             match step {
-                Step::Hit(host) => {
-                    let read = self.engine.image().file().read_exact_at(here, host.0);
-                    if let Err(err) = read {
-                        self.engine.hit_failed(&err);
-                        self.read_base(here, guest.start)?;
-                    }
-                }
+                Step::Hit(host) => self.read_hit(here, guest.start, host)?,
                 Step::Check(check) => self.check(here, guest.start, check)?,
                 Step::Zero => here.fill(0),
                 Step::Base => self.read_base(here, guest.start)?,
@@ -100,6 +97,16 @@ impl<B: Base> Reader<B> {
             }
         }
         Ok(())
+    }
+
+    fn read_hit(&self, buf: &mut [u8], offset: u64, host: HostOffset) -> io::Result<()> {
+        match self.engine.image().file().read_exact_at(buf, host.0) {
+            Ok(()) => Ok(()),
+            Err(err) => {
+                self.engine.hit_failed(&err);
+                self.read_base(buf, offset)
+            }
+        }
     }
 
     fn fetch(&self, buf: &mut [u8], offset: u64, fetch: Fetch) -> io::Result<()> {

@@ -12,7 +12,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use tempfile::TempDir;
 
 use super::core::Core;
-use super::plan::{Fetch, Step};
+use super::plan::{Fetch, Part, Step};
 use super::pool::Pool;
 use super::{Engine, Options, Reader, Status, Surroundings, checkpoint, join, populate};
 use crate::format::{BaseIdentity, ByteRange, Geometry, HostOffset, L2Entry, SubclusterBits};
@@ -350,10 +350,43 @@ fn place_out_of_range_in_the_map_is_read_from_the_base() {
     let live = engine.core.live().unwrap();
     let bits = SubclusterBits::new(1, 0);
     live.entry(1).unwrap().restore(L2Entry { host: Some(HostOffset(u64::MAX)), bits }, bits);
+    engine.core.seen.add(1, 1);
     let plan = engine.plan(ByteRange { start: 64 * KIB, len: 512 });
+    let hit = engine.hit(ByteRange { start: 64 * KIB, len: 512 });
     let shown = engine.status_of(ByteRange { start: 64 * KIB, len: 512 });
     assert!(matches!(plan[0].step, Step::Base));
+    assert_eq!(hit, None);
     assert_eq!(shown.0, super::Presence::Absent);
+}
+
+/// Where a plan finds a read in one piece.
+fn planned_hit(engine: &Engine, range: ByteRange) -> Option<HostOffset> {
+    match engine.plan(range).as_slice() {
+        [Part { step: Step::Hit(host), .. }] => Some(*host),
+        _ => None,
+    }
+}
+
+#[test]
+fn hits_are_where_the_plan_finds_them_within_a_cluster() {
+    let (_dir, path) = new_image(None);
+    let engine = filled(&path, 130 * KIB);
+    // Clusters of 64 KiB and subclusters of 2 KiB, of which 65 are stored.
+    let ranges = (0..140 * 2).flat_map(|start| [1, 4, 9, 128].map(|len| (start * 512, len * 512)));
+    for (start, len) in ranges {
+        let range = ByteRange { start, len };
+        let in_one_cluster = start / (64 * KIB) == (start + len - 1) / (64 * KIB);
+        let planned = planned_hit(&engine, range).filter(|_| in_one_cluster);
+        assert_eq!(engine.hit(range), planned, "{range:?}");
+    }
+}
+
+#[test]
+fn what_was_not_looked_at_since_the_open_is_no_hit() {
+    let (_dir, path) = new_image(None);
+    drop(filled(&path, 64 * KIB));
+    let engine = Engine::open(&path, &Options::default()).unwrap();
+    assert_eq!(engine.hit(ByteRange { start: 0, len: 512 }), None);
 }
 
 /// What a checkpoint leaves of an image whose live file shows an entry that cannot be.

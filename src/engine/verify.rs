@@ -23,8 +23,6 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
-
 use super::core::Core;
 use crate::error::Result;
 use crate::format::{ByteRange, Checksum, Geometry, HostOffset, SUBCLUSTERS};
@@ -78,43 +76,35 @@ const WINDOW: u64 = 1024;
 const WINDOWS: u64 = 512;
 
 /// Checksums that were read lately, so that a block need not cost a read of its own for them. What
-/// is in here may be older than the file; it proves that data is sound, never that it is not.
+/// is in here may be older than the file, or another subcluster's whose window lay in the same place
+/// before; it proves that data is sound, never that it is not. A checksum depends on the number of
+/// its subcluster, so another's fits no more likely than any wrong one, and nothing has to be locked
+/// or come in an order.
 #[derive(Debug)]
 pub struct Known {
-    windows: Box<[Mutex<Option<Window>>]>,
+    /// By window, modulo [`WINDOWS`]; each made when it is first needed.
+    windows: Box<[OnceLock<Box<[AtomicU32]>>]>,
 }
-
-/// A window by number, and its checksums.
-type Window = (u64, Vec<Checksum>);
 
 impl Known {
     pub fn new() -> Self {
-        Known { windows: (0..WINDOWS).map(|_| Mutex::default()).collect() }
+        Known { windows: (0..WINDOWS).map(|_| OnceLock::new()).collect() }
     }
 
-    /// Asks `fits` with a look-up by subcluster, where the one window asked for is known.
-    fn with(
-        &self,
-        windows: std::ops::Range<u64>,
-        fits: impl FnOnce(&dyn Fn(u64) -> Option<Checksum>) -> bool,
-    ) -> bool {
-        let Some(place) = self.windows.get((windows.start % WINDOWS) as usize) else {
-            return false;
-        };
-        let kept = place.lock();
-        match &*kept {
-            Some((window, checksums)) if windows == (*window..*window + 1) => {
-                fits(&|number| checksums.get((number % WINDOW) as usize).copied())
-            }
-            _ => false,
-        }
+    /// The checksum that was read for a subcluster, or something else.
+    fn get(&self, number: u64) -> Option<Checksum> {
+        let window = self.windows.get((number / WINDOW % WINDOWS) as usize)?.get()?;
+        let kept = window.get((number % WINDOW) as usize)?;
+        Some(Checksum::decode(kept.load(Ordering::Relaxed).to_ne_bytes()))
     }
 
     /// Keeps the checksums of some windows.
     fn keep(&self, windows: std::ops::Range<u64>, checksums: &[Checksum]) {
         for (window, part) in windows.zip(checksums.chunks(WINDOW as usize)) {
-            if let Some(place) = self.windows.get((window % WINDOWS) as usize) {
-                *place.lock() = Some((window, part.to_vec()));
+            let Some(place) = self.windows.get((window % WINDOWS) as usize) else { continue };
+            let place = place.get_or_init(|| (0..WINDOW).map(|_| AtomicU32::new(0)).collect());
+            for (kept, checksum) in place.iter().zip(part) {
+                kept.store(u32::from_ne_bytes(checksum.encode()), Ordering::Relaxed);
             }
         }
     }
@@ -158,10 +148,10 @@ impl Check {
     /// otherwise the ones in the file tell.
     pub fn fits_known(&self, data: &[u8]) -> bool {
         let fits = data.len() == self.data().1
-            && self.core.known.with(self.windows(), |checksums| {
-                self.subclusters(data).all(|(number, data)| {
-                    checksums(number).is_some_and(|sum| sum == Checksum::of(number, data))
-                })
+            && self.subclusters(data).all(|(number, data)| {
+                // Asked for first: it comes from memory while the data's is worked out.
+                let kept = self.core.known.get(number);
+                kept == Some(Checksum::of(number, data))
             });
         if fits {
             (self.first..self.first + self.count).for_each(|number| see(&self.core, number));

@@ -14,6 +14,15 @@
 //!
 //! Used by `image` and, through it, by `engine`.
 
+use crc_fast::{CrcAlgorithm, Digest};
+
+/// CRC32C over some pieces, one after the other.
+pub(super) fn crc32c<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> u32 {
+    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+    pieces.into_iter().for_each(|piece| digest.update(piece));
+    digest.finalize() as u32
+}
+
 /// The checksum of one subcluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Checksum(u32);
@@ -28,7 +37,7 @@ impl Checksum {
 
     /// Of data, a whole subcluster, `number` subclusters from the start of the disk.
     pub fn of(number: u64, data: &[u8]) -> Self {
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&number.to_le_bytes()), data);
+        let crc = crc32c([&number.to_le_bytes(), data]);
         Checksum(if crc < 2 { crc + 2 } else { crc })
     }
 

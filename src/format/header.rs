@@ -4,6 +4,7 @@
 //!
 //! Used by `image`.
 
+use super::checksum::crc32c;
 use super::extension::{
     CACHE_EXTENSION, CACHE_EXTENSION_LEN, CACHE_EXTENSION_USED, CHECKPOINTS_AT, HEADER_CRC_AT,
     Reader,
@@ -240,10 +241,8 @@ fn header_crc(bytes: &[u8], cache_at: usize) -> u32 {
     let (crc, checkpoints) = (cache_at + HEADER_CRC_AT, cache_at + CHECKPOINTS_AT);
     let parts = [0..crc, crc + 4..checkpoints, checkpoints + 8..bytes.len()];
     let zeros: [&[u8]; 3] = [&[], &[0; 4], &[0; 8]];
-    parts.into_iter().zip(zeros).fold(0, |sum, (part, zeros)| {
-        let sum = crc32c::crc32c_append(sum, zeros);
-        crc32c::crc32c_append(sum, bytes.get(part).unwrap_or_default())
-    })
+    let pieces = zeros.into_iter().zip(parts);
+    crc32c(pieces.flat_map(|(zeros, part)| [zeros, bytes.get(part).unwrap_or_default()]))
 }
 
 /// A table that the header points at.

@@ -1,6 +1,6 @@
 //! A guest's read, in its coroutine: hits by `preadv2(RWF_NOWAIT)` from the image file straight
-//! into the guest's vector (through a buffer where checksums have to be looked at), fetches from the `backing` child, everything that may block in another
-//! thread while the coroutine yields.
+//! into the guest's vector (through a buffer where checksums have to be looked at), fetches from
+//! the `backing` child, everything that may block in another thread while the coroutine yields.
 //!
 //! A coroutine is woken by the thread that has its result with `aio_co_wake`, which may be called
 //! before it has yielded: the wake-up is scheduled in the coroutine's own thread. See [`Sleep`].
@@ -10,7 +10,7 @@
 
 use std::ffi::c_int;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::time::Instant;
@@ -20,14 +20,12 @@ use smallvec::{SmallVec, smallvec};
 
 use super::api;
 use super::call::field;
+use super::file_read::{self, END_OF_FILE, Errno, IoVec, Rest};
 use super::node::Node;
+use super::scratch::Scratch;
 use super::symbols::{BdrvChild, BlockDriverState, Coroutine, QEMUIOVector};
 use crate::engine::{Check, Fetch, Part, Step, Ticket, WAIT_LIMIT};
 use crate::format::{ByteRange, HostOffset};
-
-/// A positive errno value.
-type Errno = c_int;
-type IoVec = SmallVec<[iovec; 8]>;
 
 /// Reads a range of an open node into a vector, from wherever its parts are.
 ///
@@ -48,7 +46,12 @@ pub(super) unsafe fn read(
     let vector = unsafe { Vector::new(qiov, qiov_offset, range) };
     let request = Request { node, bs, vector };
     // SAFETY: as promised by the caller.
-    unsafe { request.read(range) }
+    unsafe {
+        match node.engine().hit(range) {
+            Some(host) => request.hit(range, host),
+            None => request.read(range),
+        }
+    }
 }
 
 /// Reads a range from the backing child alone.
@@ -276,7 +279,9 @@ impl Request<'_> {
     /// As for [`read`].
     unsafe fn read_claimed(&self, range: ByteRange) -> Option<Vec<u8>> {
         let len = range.len as usize;
-        let mut data = zeroed(len)?;
+        let mut data = Vec::new();
+        data.try_reserve_exact(len).ok()?;
+        data.resize(len, 0);
         let mut iov = [iovec { iov_base: data.as_mut_ptr().cast(), iov_len: len }];
         // SAFETY: as promised by the caller; the buffer outlives the read.
         let read = unsafe { read_backing(self.bs, range, &mut iov) };
@@ -287,7 +292,7 @@ impl Request<'_> {
     /// As for [`read`].
     unsafe fn hit(&self, part: ByteRange, host: HostOffset) -> Result<(), Errno> {
         // SAFETY: guest memory that QEMU gave for this request, until it completes.
-        match unsafe { self.read_image(self.vector.slice(part), host) } {
+        match unsafe { self.read_image(&self.vector.slice(part), host) } {
             Ok(()) => Ok(()),
             Err(errno) => {
                 self.note_failed_read(errno);
@@ -347,13 +352,19 @@ impl Request<'_> {
     ///
     /// # Safety
     /// As for [`read`].
-    unsafe fn read_bytes(&self, (at, len): (HostOffset, usize)) -> Result<Vec<u8>, Errno> {
-        let mut bytes = zeroed(len).ok_or(libc::ENOMEM)?;
-        let iov = smallvec![iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: len }];
-        // SAFETY: the buffer outlives the read; the rest as promised by the caller.
-        match unsafe { self.read_image(iov, at) } {
-            Ok(()) | Err(END_OF_FILE) => Ok(bytes),
-            Err(errno) => Err(errno),
+    unsafe fn read_bytes(&self, (at, len): (HostOffset, usize)) -> Result<Scratch, Errno> {
+        let mut bytes = Scratch::new(len).ok_or(libc::ENOMEM)?;
+        let iov = [iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: len }];
+        // SAFETY: the buffer outlives the reads; the rest as promised by the caller.
+        unsafe {
+            match self.read_image(&iov, at) {
+                Err(END_OF_FILE) => bytes.fill(0),
+                read => return read.map(|()| bytes),
+            }
+            match self.read_image(&iov, at) {
+                Ok(()) | Err(END_OF_FILE) => Ok(bytes),
+                Err(errno) => Err(errno),
+            }
         }
     }
 
@@ -371,24 +382,20 @@ impl Request<'_> {
     ///
     /// # Safety
     /// As for [`read`]; the memory must be good for writing until this returns.
-    unsafe fn read_image(&self, iov: IoVec, at: HostOffset) -> Result<(), Errno> {
+    unsafe fn read_image(&self, iov: &[iovec], at: HostOffset) -> Result<(), Errno> {
         let fd = self.node.engine().image().file().as_raw_fd();
-        let mut rest = Rest { iov, at: at.0, fd };
-        let mut result = match self.node.may_read_now() {
+        let mut read = 0;
+        if self.node.may_read_now() {
             // SAFETY: as promised by the caller.
-            true => unsafe { rest.read_now() },
-            false => Ok(false),
-        };
-        if matches!(result, Err(libc::EOPNOTSUPP)) {
-            self.node.set_no_read_now();
-            result = Ok(false);
+            match unsafe { file_read::read_now(fd, iov, at.0) } {
+                Ok(bytes) if bytes == file_read::len(iov) => return Ok(()),
+                Ok(bytes) => read = bytes,
+                Err(libc::EOPNOTSUPP) => self.node.set_no_read_now(),
+                Err(errno) => return Err(errno),
+            }
         }
-        match result {
-            Ok(true) => Ok(()),
-            // SAFETY: the same; the coroutine does not complete before the thread is done.
-            Ok(false) => unsafe { self.read_in_thread(rest) },
-            Err(errno) => Err(errno),
-        }
+        // SAFETY: the same; the coroutine does not complete before the thread is done.
+        unsafe { self.read_in_thread(Rest::after(read, fd, iov, at.0)) }
     }
 
     /// # Safety
@@ -472,95 +479,5 @@ impl Sleep {
             // SAFETY: in a coroutine (caller), which the waker wakes.
             unsafe { (api().symbols.qemu_coroutine_yield)() };
         }
-    }
-}
-
-/// A buffer, where there is memory for it.
-fn zeroed(len: usize) -> Option<Vec<u8>> {
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(len).ok()?;
-    bytes.resize(len, 0);
-    Some(bytes)
-}
-
-/// Beside the errno values: the file ends before the bytes that were asked for, which it does only
-/// where somebody cut it off.
-const END_OF_FILE: Errno = Errno::MAX;
-
-/// What is still to be read from the image file, and where to.
-#[derive(Clone)]
-struct Rest {
-    iov: IoVec,
-    at: u64,
-    fd: RawFd,
-}
-
-// SAFETY: addresses of guest memory, which is good for any thread until the request completes; the
-// request waits for the thread.
-unsafe impl Send for Rest {}
-
-impl Rest {
-    /// Reads what can be had without waiting for the disk; whether that was all.
-    ///
-    /// # Safety
-    /// The memory must be good for writing.
-    unsafe fn read_now(&mut self) -> Result<bool, Errno> {
-        // SAFETY: as promised by the caller.
-        match unsafe { self.read_some(libc::RWF_NOWAIT) } {
-            Ok(()) => Ok(self.iov.is_empty()),
-            // Linux 5.9 and 5.10 say so now and then though there is more (preadv2(2), BUGS).
-            Err(libc::EAGAIN | END_OF_FILE) => Ok(false),
-            Err(errno) => Err(errno),
-        }
-    }
-
-    /// Reads all of it, waiting for the disk.
-    ///
-    /// # Safety
-    /// The memory must be good for writing.
-    unsafe fn read_all(&mut self) -> Result<(), Errno> {
-        while !self.iov.is_empty() {
-            // SAFETY: as promised by the caller.
-            unsafe { self.read_some(0) }?;
-        }
-        Ok(())
-    }
-
-    /// One system call; takes what it read off the front.
-    ///
-    /// # Safety
-    /// The memory must be good for writing.
-    unsafe fn read_some(&mut self, flags: c_int) -> Result<(), Errno> {
-        let count = self.iov.len().min(libc::UIO_MAXIOV as usize) as c_int;
-        let read = loop {
-            // SAFETY: as promised by the caller; the array has `count` elements.
-            let read = unsafe {
-                libc::preadv2(self.fd, self.iov.as_ptr(), count, self.at as libc::off_t, flags)
-            };
-            let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
-            match read {
-                -1 if errno == libc::EINTR => {}
-                -1 => return Err(errno),
-                0 => return Err(END_OF_FILE),
-                read => break read as usize,
-            }
-        };
-        self.at += read as u64;
-        let mut left = read;
-        let whole = self
-            .iov
-            .iter()
-            .take_while(|element| {
-                let taken = element.iov_len <= left;
-                left -= if taken { element.iov_len } else { 0 };
-                taken
-            })
-            .count();
-        self.iov.drain(..whole);
-        if let Some(first) = self.iov.first_mut() {
-            first.iov_base = first.iov_base.wrapping_byte_add(left);
-            first.iov_len -= left;
-        }
-        Ok(())
     }
 }

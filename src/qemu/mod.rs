@@ -2,16 +2,19 @@
 //!
 //! [`register`] gets the driver into a QEMU, [`layout`] and [`symbols`] know its structures and
 //! functions, [`driver`] has the callbacks, [`node`] one open node, [`io`] the read path in a
-//! coroutine, [`call`] the small conversions between C and Rust.
+//! coroutine, [`file_read`] and [`scratch`] how it reads the image file, [`call`] the small
+//! conversions between C and Rust.
 //!
 //! Used by QEMU alone; uses `engine`.
 
 mod call;
 mod driver;
+mod file_read;
 mod io;
 mod layout;
 mod node;
 mod register;
+mod scratch;
 mod symbols;
 
 use register::{Api, api};

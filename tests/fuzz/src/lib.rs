@@ -265,6 +265,6 @@ fn try_seal(bytes: &mut [u8]) -> Option<()> {
     covered.get_mut(data + HEADER_CRC_AT..)?.first_chunk_mut::<4>()?.fill(0);
     covered.get_mut(data + CHECKPOINTS_AT..)?.first_chunk_mut::<8>()?.fill(0);
     *bytes.get_mut(data + HEADER_CRC_AT..)?.first_chunk_mut()? =
-        crc32c::crc32c(&covered).to_be_bytes();
+        crc_fast::crc32_iscsi(&covered).to_be_bytes();
     Some(())
 }
