@@ -104,7 +104,8 @@ fn round(engine: &Engine, waiter: &mut Waiter, offset: u64, store: bool) -> Resu
     let said = waiter.ask(offset)?;
     ensure!(said == "waiting", "the other process did not wait but said: {said}");
     std::thread::sleep(ASLEEP);
-    let data = vec![1; BLOCK as usize];
+    let mut data = engine.buffer(fetch.range()).context("no room in memory")?;
+    data.fill(1);
     let from = now()?;
     if store {
         engine.fill(fetch, data, Duration::ZERO);

@@ -9,7 +9,7 @@
 //! | [`engine`] | the core as the outside sees it: plan a read, take what was fetched, checkpoint |
 //! | [`image`] and [`live`] | one cache image on disk; the state its users share in memory |
 //! | [`mod@format`] | bytes and types of the qcow2 file |
-//! | [`lock`], [`fallocate`], [`error`] | byte locks that cross processes; allocation; the one error type |
+//! | [`lock`], [`fallocate`], [`size`], [`error`] | byte locks that cross processes; allocation; sizes as text; the one error type |
 //!
 //! The command line (`src/bin/vmcache`) stands beside `qemu`, on the engine.
 //!
@@ -24,3 +24,4 @@ pub mod image;
 pub mod live;
 pub mod lock;
 mod qemu;
+pub mod size;

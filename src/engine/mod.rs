@@ -19,6 +19,7 @@
 //! Used by `qemu` and the command line; uses `image`, `live`, `format`, `lock` and `error`.
 
 mod base;
+mod buffer;
 mod checkpoint;
 mod core;
 mod join;
@@ -42,9 +43,11 @@ use crate::image::{Image, Observer};
 use crate::live::slot::Counters;
 
 pub use self::base::OpenBase;
+pub use self::buffer::Buffer;
+use self::buffer::Room;
 use self::core::Core;
 use keeper::Keeper;
-pub use plan::{Fetch, Part, Plan, Presence, Step, Ticket};
+pub use plan::{FETCH_MAX, Fetch, Part, Plan, Presence, Step, Ticket};
 use pool::Pool;
 use populate::Populator;
 pub use reader::{Base, Reader, WAIT_LIMIT};
@@ -58,7 +61,8 @@ use wait::Waiter;
 pub struct Options {
     /// Store what is fetched from the base.
     pub populate: bool,
-    /// Bytes fetched and not stored yet that may wait in memory; more is not stored.
+    /// Bytes of the base that may be in memory on their way into the cache, those being read
+    /// included; more is not stored.
     pub queue_bytes: u64,
     /// For tests alone.
     #[doc(hidden)]
@@ -88,6 +92,7 @@ impl Default for Options {
 pub struct Engine {
     core: Arc<Core>,
     pool: Pool,
+    room: Arc<Room>,
     populator: Populator,
     waiter: Waiter,
     keeper: Keeper,
@@ -101,7 +106,8 @@ impl Engine {
         let core = Arc::new(join::join(path, options)?);
         Ok(Engine {
             pool: Pool::default(),
-            populator: Populator::new(Arc::clone(&core), options.queue_bytes),
+            room: Room::new(options.queue_bytes),
+            populator: Populator::new(Arc::clone(&core)),
             waiter: Waiter::new(Arc::clone(&core)),
             keeper: Keeper::new(Arc::clone(&core), options.surroundings.checkpoint_interval),
             core,
@@ -155,9 +161,18 @@ impl Engine {
         plan::presence(&self.core, range)
     }
 
-    /// Takes what was read from the base for a fetch: the whole of [`Fetch::range`]. Never blocks;
-    /// where there is no room the bytes are not stored.
-    pub fn fill(&self, fetch: Fetch, data: Vec<u8>, took: Duration) {
+    /// Memory for the base's bytes of a fetch or a check, which are as many as its range has. `None`
+    /// where as much as may be is on its way into the cache; they are counted as dropped.
+    pub fn buffer(&self, range: ByteRange) -> Option<Buffer> {
+        let buffer = self.room.buffer(range.len);
+        if buffer.is_none() {
+            self.core.counters().dropped_bytes.add(range.len);
+        }
+        buffer
+    }
+
+    /// Takes what was read from the base for a fetch: the whole of [`Fetch::range`]. Never blocks.
+    pub fn fill(&self, fetch: Fetch, data: Buffer, took: Duration) {
         if data.len() as u64 != fetch.range().len {
             log::error!("{} bytes for {:?} are not stored", data.len(), fetch.range());
             return;
@@ -171,7 +186,7 @@ impl Engine {
 
     /// Takes the base's bytes for a check that was not sound, the whole of [`Check::range`], to be
     /// stored in place of what is bad. Never blocks.
-    pub fn repair(&self, check: Check, base: Vec<u8>) {
+    pub fn repair(&self, check: Check, base: Buffer) {
         let counters = self.core.counters();
         counters.base_reads.add(1);
         counters.base_bytes.add(base.len() as u64);

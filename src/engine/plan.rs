@@ -17,7 +17,7 @@ use crate::live::claim::{Claim, Owner};
 use crate::live::{LiveFile, MapEntry};
 
 /// Bytes fetched in one request to the base at the most: bounds the buffer.
-const FETCH_MAX: u64 = 2 << 20;
+pub const FETCH_MAX: u64 = 2 << 20;
 /// Bytes checked in one piece at the most, or one subcluster: what is read, looked at and copied
 /// stays in the processor's cache meanwhile.
 const CHECK_MAX: u64 = 64 << 10;

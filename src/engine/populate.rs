@@ -1,21 +1,21 @@
-//! Storing what was fetched, and anew what was found bad: one thread per engine behind a queue of
-//! bounded memory. It finds a place, takes the bytes out of the quota, writes the data and its
+//! Storing what was fetched, and anew what was found bad: one thread per engine behind a queue, whose
+//! memory is bounded (see `buffer`). It finds a place, takes the bytes out of the quota, writes the data and its
 //! checksums into the image and publishes it; the claims go with the fetch when it is dropped, after
 //! publishing.
 //!
-//! A request never waits for this: where the queue is full or storing fails, the bytes are counted
-//! as dropped and the next reader fetches them again.
+//! A request never waits for this: where there is no room in memory or storing fails, the bytes are
+//! counted as dropped and the next reader fetches them again.
 //!
 //! Used by `Engine`.
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 
+use super::buffer::Buffer;
 use super::core::Core;
 use super::plan::Fetch;
 use super::pool;
@@ -44,25 +44,23 @@ type Checksums = [Checksum; SUBCLUSTERS as usize];
 #[derive(Debug)]
 pub struct Populator {
     core: Arc<Core>,
-    limit: u64,
-    queued: Arc<AtomicU64>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    queue: Option<Sender<(Work, Vec<u8>)>>,
+    queue: Option<Sender<(Work, Buffer)>>,
     thread: Option<JoinHandle<()>>,
     stopped: bool,
 }
 
 impl Populator {
-    pub fn new(core: Arc<Core>, limit: u64) -> Self {
-        Populator { core, limit, queued: Arc::default(), state: Mutex::default() }
+    pub fn new(core: Arc<Core>) -> Self {
+        Populator { core, state: Mutex::default() }
     }
 
     /// Queues bytes to be stored, or drops them.
-    pub fn push(&self, fetch: Fetch, data: Vec<u8>) {
+    pub fn push(&self, fetch: Fetch, data: Buffer) {
         let bytes = data.len() as u64;
         if !self.push_work(Work::Store(fetch), data) {
             self.core.counters().dropped_bytes.add(bytes);
@@ -70,28 +68,20 @@ impl Populator {
     }
 
     /// Queues a repair, or forgets it: it is found again when it is read next.
-    pub fn push_repair(&self, check: Check, base: Vec<u8>) {
+    pub fn push_repair(&self, check: Check, base: Buffer) {
         self.push_work(Work::Repair(check), base);
     }
 
-    fn push_work(&self, work: Work, data: Vec<u8>) -> bool {
-        let bytes = data.len() as u64;
-        let before = self.queued.fetch_add(bytes, Ordering::Relaxed);
-        let queue = if before + bytes <= self.limit { self.queue() } else { None };
-        let queued = queue.is_some_and(|queue| queue.send((work, data)).is_ok());
-        if !queued {
-            self.queued.fetch_sub(bytes, Ordering::Relaxed);
-        }
-        queued
+    fn push_work(&self, work: Work, data: Buffer) -> bool {
+        self.queue().is_some_and(|queue| queue.send((work, data)).is_ok())
     }
 
-    fn queue(&self) -> Option<Sender<(Work, Vec<u8>)>> {
+    fn queue(&self) -> Option<Sender<(Work, Buffer)>> {
         let mut state = self.state.lock();
         if state.queue.is_none() && !state.stopped {
             let (sender, receiver) = unbounded();
-            let (core, queued) = (Arc::clone(&self.core), Arc::clone(&self.queued));
-            state.thread =
-                pool::start("vmcache-fill", STACK, move || run(&core, &receiver, &queued));
+            let core = Arc::clone(&self.core);
+            state.thread = pool::start("vmcache-fill", STACK, move || run(&core, &receiver));
             state.queue = state.thread.is_some().then_some(sender);
         }
         state.queue.clone()
@@ -118,7 +108,7 @@ enum Work {
     Repair(Check),
 }
 
-fn run(core: &Core, queue: &Receiver<(Work, Vec<u8>)>, queued: &AtomicU64) {
+fn run(core: &Core, queue: &Receiver<(Work, Buffer)>) {
     for (work, mut data) in queue {
         let bytes = data.len() as u64;
         let counters = core.counters();
@@ -142,30 +132,29 @@ fn run(core: &Core, queue: &Receiver<(Work, Vec<u8>)>, queued: &AtomicU64) {
             counters.dropped_bytes.add(bytes);
         }
         core.set_storing(false);
-        // Claims first, so that waiters do not wait for the accounts.
+        // Claims first, so that waiters do not wait for the memory.
         drop(work);
         drop(data);
-        queued.fetch_sub(bytes, Ordering::Relaxed);
     }
 }
 
 /// Rewrites what a check found bad; returns how many bytes that were.
-fn repair(core: &Core, check: &Check, base: &mut Vec<u8>) -> Result<u64> {
+fn repair(core: &Core, check: &Check, base: &mut Buffer) -> Result<u64> {
     let Some(store) = Store::new(core) else { return Ok(0) };
     check.repair(base, |data, place| store.rewrite(data, place))
 }
 
 /// Stores the bytes of a fetch; returns how many of them the cache holds afterwards.
-fn store(core: &Core, fetch: &Fetch, data: &mut Vec<u8>) -> Result<u64> {
+fn store(core: &Core, fetch: &Fetch, data: &mut Buffer) -> Result<u64> {
     let Some(store) = Store::new(core) else { return Ok(0) };
     let subcluster_size = core.image.geometry().subcluster_size();
     let length = data.len() as u64;
     let (first, count) = fetch.subclusters();
     // Beyond the end of the disk there is nothing, which a subcluster stores as zeros.
-    data.resize((count * subcluster_size) as usize, 0);
+    data.pad((count * subcluster_size) as usize);
 
     let mut stored = 0;
-    let mut rest = data.as_slice();
+    let mut rest: &[u8] = data;
     let mut at = first;
     while at < first + count {
         let cluster = at / u64::from(SUBCLUSTERS);

@@ -111,7 +111,11 @@ impl<B: Base> Reader<B> {
 
     fn fetch(&self, buf: &mut [u8], offset: u64, fetch: Fetch) -> io::Result<()> {
         let range = fetch.range();
-        let mut data = vec![0; range.len as usize];
+        let Some(mut data) = self.engine.buffer(range) else {
+            // The claims first: others need not wait for this read.
+            drop(fetch);
+            return self.read_base(buf, offset);
+        };
         let started = Instant::now();
         self.base.read(&mut data, range.start)?;
         let from = (offset - range.start) as usize;
@@ -143,7 +147,9 @@ impl<B: Base> Reader<B> {
             }
             Ok(_) => {
                 counters.miss_bytes.add(len);
-                let mut base = vec![0; range.len as usize];
+                let Some(mut base) = self.engine.buffer(range) else {
+                    return self.read_base(buf, offset);
+                };
                 self.base.read(&mut base, range.start)?;
                 buf.copy_from_slice(base.get(from..from + buf.len()).unwrap_or_default());
                 self.engine.repair(check, base);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FallocateFlags, fallocate};
 use tempfile::TempDir;
 
+use super::buffer::Room;
 use super::core::Core;
 use super::plan::{Fetch, Part, Step};
 use super::pool::Pool;
@@ -191,10 +192,10 @@ fn checkpoint_that_fails_gives_its_bytes_back() {
 fn storing_that_fails_pauses_and_publishes_nothing() {
     let (dir, path) = new_image(None);
     let core = Arc::new(core_that_cannot_write(&path, &dir.path().join("live")));
-    let populator = populate::Populator::new(Arc::clone(&core), MIB);
+    let populator = populate::Populator::new(Arc::clone(&core));
     let fetches = super::plan::plan(&core, ByteRange { start: 0, len: 4 * KIB });
     fetches.into_iter().for_each(|part| match part.step {
-        Step::Fetch(fetch) => populator.push(fetch, vec![1; 4 * KIB as usize]),
+        Step::Fetch(fetch) => populator.push(fetch, Room::new(MIB).buffer(4 * KIB).unwrap()),
         other => panic!("{other:?}"),
     });
     populator.stop();

@@ -23,6 +23,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::buffer::Buffer;
 use super::core::Core;
 use crate::error::Result;
 use crate::format::{ByteRange, Checksum, Geometry, HostOffset, SUBCLUSTERS};
@@ -197,13 +198,13 @@ impl Check {
     /// for it, and says whether there was. Blocks.
     pub(super) fn repair(
         &self,
-        base: &mut Vec<u8>,
+        base: &mut Buffer,
         mut write: impl FnMut(&[u8], HostOffset) -> Result<bool>,
     ) -> Result<u64> {
         let image = &self.core.image;
         let (host, len) = self.data();
         // Beyond the end of the disk there is nothing, which a subcluster stores as zeros.
-        base.resize(len, 0);
+        base.pad(len);
         let mut found = vec![0; len];
         if image.read_or_zero(&mut found, host).is_err() {
             // What cannot be read is lost; writing it may be what the disk waits for.

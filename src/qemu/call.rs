@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use super::Api;
 use super::symbols::{QDict, QemuError};
 use crate::error::{Error, ErrorKind, Result};
+use crate::size;
 
 /// A field of one of QEMU's structures.
 ///
@@ -117,6 +118,34 @@ pub(super) unsafe fn take_choice(
             ),
         )
     })
+}
+
+/// Takes an option that is a size in bytes out of the dictionary.
+///
+/// # Safety
+/// `options` must be the dictionary that QEMU passed to `bdrv_open`.
+pub(super) unsafe fn take_size(
+    api: &Api,
+    options: *mut QDict,
+    key: &'static CStr,
+) -> Result<Option<u64>> {
+    // SAFETY: a live dictionary and a C string; the value is copied before the key is deleted.
+    unsafe {
+        if (api.symbols.qdict_haskey)(options, key.as_ptr()) == 0 {
+            return Ok(None);
+        }
+        let text = (api.symbols.qdict_get_try_str)(options, key.as_ptr());
+        let bytes = if text.is_null() {
+            // From -blockdev a size comes as a number.
+            let bytes = (api.symbols.qdict_get_try_int)(options, key.as_ptr(), -1);
+            u64::try_from(bytes)
+                .map_err(|_| Error::new(ErrorKind::Invalid, "a size is 0 or more".to_owned()))
+        } else {
+            size::parse(&CStr::from_ptr(text).to_string_lossy())
+        };
+        (api.symbols.qdict_del)(options, key.as_ptr());
+        bytes.map(Some)
+    }
 }
 
 /// A path as QEMU has it in a `filename` field.

@@ -24,7 +24,7 @@ use super::file_read::{self, END_OF_FILE, Errno, IoVec, Rest};
 use super::node::Node;
 use super::scratch::Scratch;
 use super::symbols::{BdrvChild, BlockDriverState, Coroutine, QEMUIOVector};
-use crate::engine::{Check, Fetch, Part, Step, Ticket, WAIT_LIMIT};
+use crate::engine::{Buffer, Check, Fetch, Part, Step, Ticket, WAIT_LIMIT};
 use crate::format::{ByteRange, HostOffset};
 
 /// Reads a range of an open node into a vector, from wherever its parts are.
@@ -272,17 +272,14 @@ impl Request<'_> {
         Ok(())
     }
 
-    /// The bytes of a range of the base; `None` where there is no base, no memory, or an error,
-    /// which may lie outside what the guest wants.
+    /// The bytes of a range of the base; `None` where there is no base, no room in memory, or an
+    /// error, which may lie outside what the guest wants.
     ///
     /// # Safety
     /// As for [`read`].
-    unsafe fn read_claimed(&self, range: ByteRange) -> Option<Vec<u8>> {
-        let len = range.len as usize;
-        let mut data = Vec::new();
-        data.try_reserve_exact(len).ok()?;
-        data.resize(len, 0);
-        let mut iov = [iovec { iov_base: data.as_mut_ptr().cast(), iov_len: len }];
+    unsafe fn read_claimed(&self, range: ByteRange) -> Option<Buffer> {
+        let mut data = self.node.engine().buffer(range)?;
+        let mut iov = [iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() }];
         // SAFETY: as promised by the caller; the buffer outlives the read.
         let read = unsafe { read_backing(self.bs, range, &mut iov) };
         matches!(read, Ok(true)).then_some(data)

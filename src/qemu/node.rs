@@ -7,11 +7,11 @@ use std::ffi::{CStr, c_char, c_int};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::call::{field, path, set_string_field, string_field, take_choice};
+use super::call::{field, path, set_string_field, string_field, take_choice, take_size};
 use super::layout::{verify_backing, verify_file, verify_open};
 use super::symbols::{BdrvChild, BlockDriverState, QDict, QemuError};
 use super::{Api, api};
-use crate::engine::{Engine, OpenBase, Options};
+use crate::engine::{Engine, FETCH_MAX, OpenBase, Options};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::BaseState;
 
@@ -69,12 +69,14 @@ impl Node {
         };
         told(ret)?;
         // SAFETY: QEMU's dictionary.
-        let (populate, bypass) = unsafe {
+        let (populate, bypass, queue_bytes) = unsafe {
             (
                 take_choice(api, options, c"populate", ["on", "off"])?,
                 take_choice(api, options, c"base-changed", ["bypass", "refuse"])?,
+                take_size(api, options, c"populate-queue")?,
             )
         };
+        let queue_bytes = queue_bytes.map_or(Ok(Options::default().queue_bytes), enough)?;
         // SAFETY: main thread; all arguments are QEMU's or static.
         told(unsafe {
             (symbols.bdrv_open_file_child)(std::ptr::null(), options, c"file".as_ptr(), bs, errp)
@@ -88,7 +90,7 @@ impl Node {
         let no_io = flags & api.layout.o_no_io as c_int != 0;
         // Without a base there is nothing that could be stored.
         let populate = populate && !no_io && !no_backing;
-        let engine = Engine::open(&file, &Options { populate, ..Options::default() })?;
+        let engine = Engine::open(&file, &Options { populate, queue_bytes, ..Options::default() })?;
         // SAFETY: the node being opened; the layout is verified.
         unsafe { name_base(api, bs, &engine) }?;
         let mut node = Node {
@@ -287,6 +289,16 @@ unsafe fn cache_path(api: &Api, child: *mut BdrvChild) -> Result<PathBuf> {
         ));
     }
     Ok(path(&name))
+}
+
+/// A value of `populate-queue`, where a fetch has room in it.
+fn enough(bytes: u64) -> Result<u64> {
+    let too_small = || {
+        let what =
+            format!("populate-queue={bytes}: the least is {FETCH_MAX}, one read of the base");
+        Error::new(ErrorKind::Invalid, what)
+    };
+    (bytes >= FETCH_MAX).then_some(bytes).ok_or_else(too_small)
 }
 
 /// Tells QEMU the base's name, as the header has it.

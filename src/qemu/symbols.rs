@@ -192,6 +192,9 @@ symbols! {
         /// qobject/qdict.h: the bool at the key, or the given one; NOT for an option that came as
         /// text (`-drive`, `--image-opts`), which is a string.
         qdict_get_try_bool: unsafe extern "C" fn(*const QDict, *const c_char, bool) -> bool;
+        /// qobject/qdict.h: the number at the key, or the given one; NOT for an option that came as
+        /// text.
+        qdict_get_try_int: unsafe extern "C" fn(*const QDict, *const c_char, i64) -> i64;
         /// qobject/qdict.h.
         qdict_haskey: unsafe extern "C" fn(*const QDict, *const c_char) -> c_int;
         /// qobject/qdict.h.

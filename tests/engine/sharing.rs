@@ -205,7 +205,8 @@ fn waiter_finds_what_the_owner_stored() {
         until_it_waits(&reader);
         for fetch in held {
             let range = fetch.range();
-            let data = fixture.content[range.start as usize..range.end() as usize].to_vec();
+            let mut data = owner.buffer(range).expect("room");
+            data.copy_from_slice(&fixture.content[range.start as usize..range.end() as usize]);
             owner.fill(fetch, data, Duration::from_millis(1));
         }
         read.join().unwrap();
@@ -278,7 +279,8 @@ fn fill_of_the_wrong_length_is_not_stored() {
     let fixture = Fixture::with(64 * KIB, full_content(MIB), None);
     let engine = fixture.engine();
     for fetch in claim(&engine, 0, 4 * KIB) {
-        engine.fill(fetch, vec![1; 512], Duration::ZERO);
+        let short = engine.buffer(ByteRange { start: 0, len: 512 }).expect("room");
+        engine.fill(fetch, short, Duration::ZERO);
     }
     engine.close();
     drop(engine);

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::lab::{Base, Lab};
+use crate::lab::{Base, Lab, Over};
 use crate::process::{Output, Tool};
 
 fn open(options: &str) -> Output {
@@ -32,6 +32,44 @@ fn a_wrong_value_of_base_changed_is_an_error_that_names_the_right_ones() {
     let refused = open(&format!("{},base-changed=ignore", cache.options())).failure();
     let wanted = "base-changed=ignore: it can be bypass or refuse";
     assert!(refused.stderr.contains(wanted), "{refused:?}");
+}
+
+#[test]
+fn a_populate_queue_that_is_no_size_is_an_error() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base(), "");
+    let refused = open(&format!("{},populate-queue=much", cache.options())).failure();
+    assert!(refused.stderr.contains("'much' is not a size"), "{refused:?}");
+}
+
+#[test]
+fn a_populate_queue_without_room_for_one_fetch_is_an_error_that_says_how_much_it_takes() {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base(), "");
+    let refused = open(&format!("{},populate-queue=1M", cache.options())).failure();
+    assert!(refused.stderr.contains("the least is 2097152"), "{refused:?}");
+}
+
+/// Reads 16 MiB in eight requests at once; returns the bytes that were not stored for want of room.
+fn dropped_of_eight_reads_at_once(option: &str) -> u64 {
+    let lab = Lab::new();
+    let cache = lab.cache(&lab.base_of(vec![7; 16 << 20], "raw", Over::File), "");
+    let reads = (0..8).flat_map(|number| ["-c".into(), format!("aio_read -q {}M 2M", number * 2)]);
+    let reads: Vec<String> = reads.collect();
+    let options = format!("{}{option}", cache.options());
+    Tool::driver("qemu-io").args(["-r", "--image-opts", &options]).args(reads).run().success();
+    cache.assert_sound();
+    cache.stats().get("dropped-bytes")
+}
+
+#[test]
+fn what_finds_no_room_in_a_small_populate_queue_is_read_and_not_stored() {
+    assert!(dropped_of_eight_reads_at_once(",populate-queue=2M") >= 2 << 20);
+}
+
+#[test]
+fn eight_large_reads_at_once_have_room_in_the_usual_populate_queue() {
+    assert_eq!(dropped_of_eight_reads_at_once(""), 0);
 }
 
 #[test]

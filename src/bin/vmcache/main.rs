@@ -13,7 +13,6 @@ mod info;
 mod options;
 mod output;
 mod progress;
-mod size;
 mod stats;
 
 use std::io::{self, Write};
@@ -21,6 +20,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind as UsageErrorKind;
 use clap::{Parser, Subcommand};
+use vmcache::size;
 
 use output::Failure;
 

@@ -1,8 +1,8 @@
 //! Sizes as `qemu-img` takes and shows them: 200M, 1.5G, 128K, all with powers of 1024.
 //!
-//! Used by every subcommand that reads or shows a size.
+//! Used by every subcommand that reads or shows a size, and by the driver's options.
 
-use anyhow::{Result, anyhow};
+use crate::error::{Error, ErrorKind, Result};
 
 const UNITS: [&str; 7] = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
 const LETTERS: &str = "BKMGTPE";
@@ -13,10 +13,10 @@ const LARGEST: u128 = i64::MAX as u128;
 
 /// Reads a size in bytes.
 pub fn parse(text: &str) -> Result<u64> {
-    let nonsense = || {
-        anyhow!("'{text}' is not a size; give a number of bytes, or one with K, M, G or T, as 200M")
-    };
-    let too_large = || anyhow!("'{text}' is too large for a size; the largest is 2^63 - 1 bytes");
+    let invalid = |why: &str| Error::new(ErrorKind::Invalid, format!("'{text}' {why}"));
+    let nonsense =
+        || invalid("is not a size; give a number of bytes, or one with K, M, G or T, as 200M");
+    let too_large = || invalid("is too large for a size; the largest is 2^63 - 1 bytes");
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, suffix) = text.split_at_checked(split).ok_or_else(nonsense)?;
     let unit = unit_bits(suffix).ok_or_else(nonsense)?;
