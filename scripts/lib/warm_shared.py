@@ -18,8 +18,9 @@ import sys
 import time
 
 BLOCK = 4096
-# A stride of 252 blocks visits all blocks of the image in an order that no read-ahead guesses.
-STRIDE = 252 * BLOCK
+# A stride of an odd number of blocks visits all blocks of an image whose size is a power of two, in an
+# order that no read-ahead guesses.
+STRIDE = 251 * BLOCK
 # Reads of a process that is only to start and end.
 FEW = 1000
 # How far the sum may fall below one process's beyond what it does with raw.
