@@ -53,6 +53,7 @@ QUICK = {
     "together": [1, 16],
     "together-rounds": 1,
     "block-sizes": [4 * KIB, KIB * KIB],
+    "direct-block-sizes": [4 * KIB],
     "depths": [1, 64],
     "reads-seconds": 0.3,
     "read-mib": 64,
@@ -78,6 +79,7 @@ FULL = {
     "boot-seconds": 10,
     "together": [1, 4, 16],
     "together-rounds": 2,
+    "direct-block-sizes": [4 * KIB, KIB * KIB],
     "block-sizes": [512, 4 * KIB, 64 * KIB, 1024 * KIB, 2048 * KIB],
     "depths": [1, 4, 16, 64],
     "reads-seconds": 0.5,
@@ -166,6 +168,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", required=True, help="for what the run makes")
     parser.add_argument("--programs", required=True, help="where libvmcache.so and vmcache are")
+    parser.add_argument("--floor", help="the driver of benches/floor, for reads")
     parser.add_argument("--trace", required=True)
     parser.add_argument("--image", help="the base, a local path")
     parser.add_argument("--export", help="the directory that the storage nodes serve")

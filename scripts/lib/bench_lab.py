@@ -73,6 +73,7 @@ class Lab:
     def __init__(self, options):
         self.directory = options.directory
         self.programs = options.programs
+        self.floor = options.floor
         self.export = options.export
         self.image = options.image
         self.networks = {network.name: network for network in map(Network, options.network)}

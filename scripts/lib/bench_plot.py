@@ -32,6 +32,7 @@ COLOURS = {
     "nbdkit": GREEN,
     "full copy": GREY,
     "local raw": BLACK,
+    "preadv2 alone": BLACK,
     "raw threads": VERMILLION,
     "raw io_uring": ORANGE,
     "raw native": GREEN,
@@ -242,7 +243,7 @@ def together(rows):
 
 
 def reads(rows):
-    warm = [row for row in rows if row["state"] == "warm"]
+    warm = [row for row in rows if row["state"] == bench_report.REPEATED]
     blocks = sorted({row["block-bytes"] for row in warm})
     figure, axes = panels(2, len(blocks), width=4.6, height=3.4)
     for column, block in enumerate(blocks):

@@ -2,11 +2,18 @@
 image, and opening it.
 
 Used by: bench.py. Reads are `qemu-img bench`, opens are `qemu-io`, both unmodified.
+
+What a block costs when a process reads it first after opening the image, and what it
+costs from then on, is told apart for all kinds alike: one run reads every block of the
+image once and ends, another does the same and then goes on reading. The first is the
+"first reads", the second less the first the "repeated reads". The image is in the page
+cache, and nothing of it is to be fetched, in both.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import time
@@ -14,22 +21,30 @@ import time
 import bench_lab
 import warm_shared
 from bench_replay import Cell
+from bench_report import DIRECT, EMPTY, FIRST, FLOOR, REPEATED
 
 # From this size on reads are sequential; below, in an order that no read-ahead guesses.
 SEQUENTIAL = 1 << 20
 # Reads of an image that the page cache does not have.
 EMPTY_READS = 4000
-DIRECT = "raw native O_DIRECT"
+# qemu-img tells its time in milliseconds: a pass that is shorter is measured several times.
+PASS_SECONDS = 0.15
+MOST_PASSES = 8
 
 
 class WarmLab(warm_shared.Lab):
-    """The images of bench-warm-shared, and two more ways to read them."""
+    """The images of bench-warm-shared, and more ways to read them."""
 
     def __init__(self, lab, directory, mib):
         super().__init__(argparse.Namespace(programs=lab.programs, directory=directory, size=mib, depth=1))
+        self.floor = lab.floor
         self.qcow2 = f"{directory}/base.qcow2.full"
+        self.kinds[FLOOR] = ["--image-opts", f"driver=floor,filename={bench_lab.value(self.base)}"]
         self.kinds["qcow2 io_uring"] = ["-f", "qcow2", "-i", "io_uring", self.qcow2]
         self.kinds[DIRECT] = ["-f", "raw", "-t", "none", "-i", "native", self.base]
+
+    def environment(self, kind):
+        return {**os.environ, "LD_PRELOAD": self.floor} if kind == FLOOR else super().environment(kind)
 
     def prepare(self):
         self.fill()
@@ -49,6 +64,11 @@ class WarmLab(warm_shared.Lab):
             found.append(warm_shared.processor_seconds() - before)
         return min(found)
 
+    def spent(self, kind, reads):
+        """Seconds of that many reads in one process, and the processor time of all of it."""
+        row = self.run(kind, 1, reads)
+        return reads / row["reads-per-second"], row["cpu-seconds"]
+
     def reload(self):
         for path in (self.base, self.cache, self.qcow2):
             self.load(path)
@@ -66,63 +86,68 @@ def reads(lab, settings):
     with lab.scratch() as directory:
         warm = WarmLab(lab, directory, settings["read-mib"])
         warm.prepare()
-        whole = warm.size // warm_shared.BLOCK
         start_up = {kind: warm.start_up(kind) for kind in warm.kinds}
-        counts = {}
 
-        def rate(state, kind, block, depth, count):
-            warm.block, warm.depth = block, depth
-            # Zero is qemu-img's word for one block after the other.
-            warm.stride = 0 if block >= SEQUENTIAL else warm_shared.STRIDE
-            row = warm.run(kind, 1, count)
+        def row(state, kind, count, seconds, spent):
             return {
                 "competitor": kind,
                 "state": state,
-                "block-bytes": block,
-                "depth": depth,
+                "block-bytes": warm.block,
+                "depth": warm.depth,
                 "reads": count,
-                "reads-per-second": row["reads-per-second"],
-                "bytes-per-second": row["reads-per-second"] * block,
-                "cpu-seconds-per-read": max(row["cpu-seconds"] - start_up[kind], 0.0) / count,
+                "reads-per-second": count / seconds,
+                "bytes-per-second": count / seconds * warm.block,
+                "cpu-seconds-per-read": max(spent, 0.0) / count,
             }
 
-        def enough(kind, block, depth):
-            """How many reads take the time that a measurement is to take."""
-            count = min(2000, (256 << 20) // block)
-            while True:
-                took = count / rate("", kind, block, depth, count)["reads-per-second"]
-                if took > settings["reads-seconds"] / 4:
-                    break
-                count *= 4
-            count = int(count / took * settings["reads-seconds"])
-            # vmcache looks at a block's checksum when it reads it first, which is to be a small part.
-            passes = 4 * warm.size // max(block, warm_shared.BLOCK)
-            return max(count, passes if kind != DIRECT else 0)
+        def choose(block, depth):
+            """How many reads visit all of the image, by steps of whole 4 KiB blocks."""
+            warm.block, warm.depth = block, depth
+            step = max(block, warm_shared.BLOCK)
+            # Zero is qemu-img's word for one block after the other.
+            warm.stride = 0 if block >= SEQUENTIAL else warm_shared.STRIDE // warm_shared.BLOCK * step
+            return warm.size // step
 
-        def cached(*point):
-            if point not in counts:
-                counts[point] = enough(*point)
-            yield rate("warm", *point, counts[point])
+        def cached(kind, block, depth):
+            once = choose(block, depth)
+            passes = [warm.spent(kind, once)]
+            for _ in range(1, min(math.ceil(PASS_SECONDS / passes[0][0]), MOST_PASSES)):
+                passes.append(warm.spent(kind, once))
+            seconds, spent = (sum(column) for column in zip(*passes))
+            number = len(passes)
+            yield row(FIRST, kind, once * number, seconds, spent - start_up[kind] * number)
+            more = max(int(settings["reads-seconds"] * once * number / seconds), 1)
+            all_seconds, all_spent = warm.spent(kind, once + more)
+            yield row(REPEATED, kind, more, all_seconds - seconds / number, all_spent - spent / number)
 
-        def once(kind):
-            yield rate("warm, each block once", kind, warm_shared.BLOCK, 1, whole)
+        def direct(block, depth):
+            """What passes the page cache by, has no first reads."""
+            count = choose(block, depth)
+            seconds, spent = warm.spent(DIRECT, count)
+            yield row(REPEATED, DIRECT, count, seconds, spent - start_up[DIRECT])
 
         def empty(kind, depth):
+            count = min(EMPTY_READS, choose(warm_shared.BLOCK, depth))
             warm.forget()
-            yield rate("page cache empty", kind, warm_shared.BLOCK, depth, min(EMPTY_READS, whole))
+            seconds, spent = warm.spent(kind, count)
+            yield row(EMPTY, kind, count, seconds, spent - start_up[kind])
             warm.reload()
 
         cells = []
+        buffered = [kind for kind in warm.kinds if kind != DIRECT]
         for block in settings["block-sizes"]:
             for depth in settings["depths"]:
-                for kind in warm.kinds:
+                for kind in buffered:
                     text = f"{kind}, {block} B, depth {depth}"
-                    seconds = settings["reads-seconds"] + 0.2
+                    seconds = settings["reads-seconds"] + 0.5
                     cells.append(Cell(text, seconds, lambda point=(kind, block, depth): cached(*point)))
-        for kind in warm.kinds:
-            cells.append(Cell(f"{kind}, each block once", 1, lambda kind=kind: once(kind)))
+        for block in settings["direct-block-sizes"]:
+            for depth in settings["depths"]:
+                text = f"{DIRECT}, {block} B, depth {depth}"
+                cells.append(Cell(text, 1, lambda point=(block, depth): direct(*point)))
         for depth in settings["depths"][:: len(settings["depths"]) - 1]:
-            for kind in warm.kinds:
+            # The floor is none for data that has to come from the disk.
+            for kind in (kind for kind in warm.kinds if kind != FLOOR):
                 text = f"{kind}, empty page cache, depth {depth}"
                 cells.append(Cell(text, 2, lambda point=(kind, depth): empty(*point)))
         yield cells

@@ -9,6 +9,9 @@
 # sudo when not root, and one line says which. No service that comes with a
 # package is started or left enabled.
 
+[[ -z ${VMCACHE_DEPS_SH:-} ]] || return 0
+VMCACHE_DEPS_SH=1
+
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
