@@ -172,6 +172,7 @@ def main():
     parser.add_argument("--trace", required=True)
     parser.add_argument("--image", help="the base, a local path")
     parser.add_argument("--export", help="the directory that the storage nodes serve")
+    parser.add_argument("--memory", help="another, in the storage node's memory")
     parser.add_argument("--network", action="append", default=[], metavar="NAME:NODE:SERVER:ADDRESS")
     parser.add_argument("--output", required=True)
     parser.add_argument("--only", required=True)

@@ -74,7 +74,7 @@ class Lab:
         self.directory = options.directory
         self.programs = options.programs
         self.floor = options.floor
-        self.export = options.export
+        self.export, self.memory = options.export, options.memory
         self.image = options.image
         self.networks = {network.name: network for network in map(Network, options.network)}
         self.reads = replay.read_trace(options.trace)
@@ -259,10 +259,13 @@ class CopyOnRead(Competitor):
     @contextlib.contextmanager
     def open(self, lab, network, directory, nodes):
         extended = "on" if self.extended else "off"
-        first = f"{directory}/node-0.qcow2"
-        lab.create_overlay(first, network.base(), cluster_size=self.cluster, extended_l2=extended)
-        for node in range(1, nodes):
-            shutil.copyfile(first, f"{directory}/node-{node}.qcow2")
+        bases = len(network.bases)
+        for node in range(nodes):
+            image = f"{directory}/node-{node}.qcow2"
+            if node < bases:
+                lab.create_overlay(image, network.base(node), cluster_size=self.cluster, extended_l2=extended)
+            else:
+                shutil.copyfile(f"{directory}/node-{node % bases}.qcow2", image)
 
         def command(node, phase):
             image = f"driver=qcow2,file.filename={value(directory)}/node-{node}.qcow2"
@@ -361,22 +364,32 @@ class Vmcache(Competitor):
 
 
 class Chained(Vmcache):
-    """Nodes with empty caches behind a warm cache that the storage node publishes: a plain
-    qcow2 over NFS, in the storage node's page cache."""
+    """Nodes with empty caches behind warm ones, one for each base, that the storage node publishes
+    in its memory: plain qcow2 files in a tmpfs, over NFS."""
 
     title = "vmcache chained"
 
     def __init__(self):
         super().__init__(phases=("cold",))
 
+    @contextlib.contextmanager
+    def open(self, lab, network, directory, nodes):
+        try:
+            with super().open(lab, network, directory, nodes) as command:
+                yield command
+        finally:
+            for name in os.listdir(lab.memory):
+                os.remove(f"{lab.memory}/{name}")
+
     def create(self, lab, network, directory, node):
-        published = f"{lab.export}/published-{network.name}.qcow2"
-        if not os.path.exists(published):
-            lab.create_cache(network, published, network.base())
-            image = f"driver=vmcache,file.filename={value(published)}"
-            command = network.on_node(*lab.preload("qemu-io", "-r", "--image-opts", image))
-            replay.replay([command], replay.script(lab.reads))
-            os.remove(f"{published}.live")
+        published = f"{lab.memory}/base-{node}.qcow2"
+        lab.create_cache(network, published, network.base(node))
+        # Filled from the base itself; over the network it would take as long as a first start.
+        image = f"driver=vmcache,file.filename={value(published)},backing.driver=raw"
+        image += f",backing.file.driver=file,backing.file.filename={value(lab.image)}"
+        command = lab.preload("qemu-io", "-r", "--image-opts", image)
+        replay.replay([command], replay.script(lab.reads))
+        os.remove(f"{published}.live")
         base = f"nfs://{network.address}{published}"
         lab.create_cache(network, f"{directory}/node-{node}.qcow2", base, "qcow2")
 

@@ -159,4 +159,5 @@ def bases(lab, settings):
         return Cell(text, seconds, lambda: crossing(one, number, count), rounds=1)
 
     count = settings["bases-nodes"]
-    yield [one_cell(one, number, count) for number in settings["bases"] for one in (Plain(), Vmcache())]
+    everybody = (Local(), Plain(), CopyOnRead(128 << 10, extended=True), Vmcache(), Chained())
+    yield [one_cell(one, number, count) for number in settings["bases"] for one in everybody]

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# nfs.sh - a real NFS server (nfs-ganesha, in user space) that exports one
-# directory read-only: where the base image comes from.
+# nfs.sh - a real NFS server (nfs-ganesha, in user space) that exports
+# directories read-only: where the base image comes from.
 #
 # Used by: lab.sh, and test.
 # Promises: after nfs_start the server has answered a read of a file. It runs
@@ -15,9 +15,10 @@
 # shellcheck source=scripts/lib/netns.sh
 source "$(dirname "${BASH_SOURCE[0]}")/netns.sh"
 
-# nfs_start VAR NS ADDRESS DIRECTORY   exports DIRECTORY, which must hold a
-#   file, at ADDRESS in network namespace NS (`host`: the machine's own); the
-#   server's handle in VAR. A file in it is nfs://ADDRESS/DIRECTORY/FILE.
+# nfs_start VAR NS ADDRESS DIRECTORY...   exports each DIRECTORY, of which the
+#   first must hold a file, at ADDRESS in network namespace NS (`host`: the
+#   machine's own); the server's handle in VAR. A file in one is
+#   nfs://ADDRESS/DIRECTORY/FILE.
 nfs_start() {
     local -n nfs_start_handle=$1
     local ns=$2 address=$3 directory=$4
@@ -31,7 +32,7 @@ nfs_start() {
     [[ $directory == /* && -n $probe ]] || die "nfs_start: $directory is not a directory with a file in it"
 
     work_dir state nfs-server
-    nfs_config "$ns" "$address" "$directory" >"$state/ganesha.conf"
+    nfs_config "$ns" "$address" "${@:4}" >"$state/ganesha.conf"
 
     if netns_exec "$ns" ss -Hltn 'sport = :2049' | grep --quiet .; then
         die "port 2049 is in use in this network namespace: another NFS server runs"
@@ -80,8 +81,9 @@ nfs_start() {
 # nfs_stop HANDLE            stops server and rpcbind
 nfs_stop() { child_stop "$1"; }
 
-# nfs_config NS ADDRESS DIRECTORY
+# nfs_config NS ADDRESS DIRECTORY...
 nfs_config() {
+    local directory number=0
     # In a namespace with nothing but lo, ganesha's look-up of 127.0.0.1 fails;
     # there, listening on all addresses does no harm either.
     local bind=
@@ -97,10 +99,15 @@ NFS_CORE_PARAM {
 }
 NFSV4 { Graceless = true; }
 NFS_KRB5 { Active_krb5 = false; }
+LOG { Default_Log_Level = EVENT; }
+CONF
+    for directory in "${@:3}"; do
+        number=$((number + 1))
+        cat <<CONF
 EXPORT {
-    Export_Id = 1;
-    Path = "$3";
-    Pseudo = "$3";
+    Export_Id = $number;
+    Path = "$directory";
+    Pseudo = "$directory";
     Access_Type = RO;
     Squash = No_Root_Squash;
     SecType = sys;
@@ -108,6 +115,6 @@ EXPORT {
     Transports = TCP;
     FSAL { Name = VFS; }
 }
-LOG { Default_Log_Level = EVENT; }
 CONF
+    done
 }
