@@ -20,6 +20,7 @@ import time
 
 import tqdm
 
+import bench_guests
 import bench_lab
 import bench_memory
 import bench_plot
@@ -39,6 +40,7 @@ EXPERIMENTS = {
     "clusters": bench_replay.clusters,
     "quota": bench_replay.quota,
     "bases": bench_replay.bases,
+    "guests": bench_guests.guests,
 }
 
 QUICK = {
@@ -65,6 +67,9 @@ QUICK = {
     "quotas": [16, 48, 0],
     "bases": [1, 4],
     "bases-nodes": 4,
+    "guests": [1],
+    "guests-rounds": 1,
+    "most-copy-on-read-guests": 0,
 }
 FULL = {
     "rounds": 3,
@@ -92,6 +97,9 @@ FULL = {
     "quotas": [8, 16, 32, 48, 64, 72, 96, 0],
     "bases": [1, 8, 64],
     "bases-nodes": 64,
+    "guests": [1, 2, 4],
+    "guests-rounds": 1,
+    "most-copy-on-read-guests": 2,
 }
 
 
@@ -173,6 +181,7 @@ def main():
     parser.add_argument("--image", help="the base, a local path")
     parser.add_argument("--export", help="the directory that the storage nodes serve")
     parser.add_argument("--memory", help="another, in the storage node's memory")
+    parser.add_argument("--guest", type=json.loads, help="image, marker and machine of the guest, for guests")
     parser.add_argument("--network", action="append", default=[], metavar="NAME:NODE:SERVER:ADDRESS")
     parser.add_argument("--output", required=True)
     parser.add_argument("--only", required=True)

@@ -10,6 +10,7 @@ through a qcow2 overlay, as a machine does.
 """
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -26,6 +27,24 @@ BOUND = ("setpriv", "--pdeathsig", "KILL", "--")
 def value(text):
     """A file name in a QEMU option."""
     return str(text).replace(",", ",,")
+
+
+class Machine:
+    """How a virtual machine has its disk: the image in QEMU's options, what stands before the
+    program, and whether the image is only read or takes what is read of its base."""
+
+    def __init__(self, image, prefix=(), copy_on_read=False):
+        self.image, self.prefix, self.copy_on_read = image, [*prefix], copy_on_read
+
+    def replayed(self):
+        """A qemu-io that takes the reads of a boot."""
+        return [*self.prefix, "qemu-io", "-C" if self.copy_on_read else "-r", "--image-opts", self.image]
+
+    def booted(self):
+        """A qemu-system with a disk0, less what else the machine has. Its writes are lost, or go
+        where its reads go."""
+        disk = "copy-on-read=on" if self.copy_on_read else "snapshot=on"
+        return [*self.prefix, "qemu-system-x86_64", "-drive", f"if=none,id=disk0,{self.image},{disk}"]
 
 
 class Network:
@@ -73,7 +92,7 @@ class Lab:
     def __init__(self, options):
         self.directory = options.directory
         self.programs = options.programs
-        self.floor = options.floor
+        self.floor, self.guest = options.floor, options.guest
         self.export, self.memory = options.export, options.memory
         self.image = options.image
         self.networks = {network.name: network for network in map(Network, options.network)}
@@ -97,6 +116,16 @@ class Lab:
 
     def preload(self, *command):
         return ["env", f"LD_PRELOAD={self.programs}/libvmcache.so", *command]
+
+    def on(self, image, size, networks):
+        """The same for a base of another name and size on the storage nodes."""
+        other = copy.copy(self)
+        other.image, other.size, other.export = image, size, os.path.dirname(image)
+        other.networks = {}
+        for name in networks:
+            other.networks[name] = copy.copy(self.networks[name])
+            other.networks[name].bases = [f"nfs://{other.networks[name].address}{image}"]
+        return other
 
     def create_cache(self, network, path, base, form="raw", **options):
         words = [word for name, size in options.items() for word in ("-o", f"{name}={size}")]
@@ -163,7 +192,7 @@ class Servers:
 # title    what tables and plots call it
 # phases   the replays of a run, one after the other on the same files
 # open()   a `with` block around the phases: it makes the files of `nodes` nodes
-#          in a directory and gives the command of a machine on a node
+#          in a directory and gives the Machine of a node
 # before() does what a phase begins with, and gives the seconds it took
 # after()  what more there is to say after a phase
 
@@ -192,11 +221,11 @@ class Plain(Competitor):
         for number, overlay in enumerate(overlays):
             lab.create_overlay(overlay, network.base(number))
 
-        def command(node, phase):
+        def machine(node, phase):
             image = f"driver=qcow2,file.filename={value(overlays[node % len(overlays)])}"
-            return network.on_node("qemu-io", "-r", "--image-opts", image)
+            return Machine(image, network.on_node())
 
-        yield command
+        yield machine
 
 
 class Local(Competitor):
@@ -211,8 +240,7 @@ class Local(Competitor):
         lab.create_overlay(overlay, lab.image)
         image = f"driver=qcow2,file.filename={value(overlay)},backing.driver=raw,backing.file.driver=file"
         image += f",backing.file.filename={value(lab.image)},backing.file.aio=io_uring"
-        command = ["qemu-io", "-r", "--image-opts", image]
-        yield lambda node, phase: command
+        yield lambda node, phase: Machine(image)
 
 
 class FullCopy(Competitor):
@@ -224,13 +252,13 @@ class FullCopy(Competitor):
 
     @contextlib.contextmanager
     def open(self, lab, network, directory, nodes):
-        def command(node, phase):
+        def machine(node, phase):
             image = f"driver=qcow2,file.filename={value(directory)}/overlay-{node}.qcow2"
-            return ["qemu-io", "-r", "--image-opts", image]
+            return Machine(image)
 
         for node in range(nodes):
             lab.create_overlay(f"{directory}/overlay-{node}.qcow2", f"{directory}/copy-{node}.qcow2", "qcow2")
-        yield command
+        yield machine
 
     def before(self, lab, network, directory, nodes, phase):
         if phase != self.phases[0]:
@@ -267,11 +295,11 @@ class CopyOnRead(Competitor):
             else:
                 shutil.copyfile(f"{directory}/node-{node % bases}.qcow2", image)
 
-        def command(node, phase):
+        def machine(node, phase):
             image = f"driver=qcow2,file.filename={value(directory)}/node-{node}.qcow2"
-            return network.on_node("qemu-io", "-C", "--image-opts", image)
+            return Machine(image, network.on_node(), copy_on_read=True)
 
-        yield command
+        yield machine
 
     def after(self, lab, directory, phase):
         return {"image-bytes": os.stat(f"{directory}/node-0.qcow2").st_blocks * 512}
@@ -303,11 +331,11 @@ class Nbdkit(Competitor):
                 lab.create_overlay(f"{path}.qcow2", f"nbd+unix:///?socket={path}")
             start.ready()
 
-            def command(node, phase):
+            def machine(node, phase):
                 image = f"driver=qcow2,file.filename={value(directory)}/cache-{node}.qcow2"
-                return ["qemu-io", "-r", "--image-opts", image]
+                return Machine(image)
 
-            yield command
+            yield machine
 
 
 class Vmcache(Competitor):
@@ -332,20 +360,20 @@ class Vmcache(Competitor):
         for node in range(bases):
             self.create(lab, network, directory, node)
 
-        def command(node, phase):
+        def machine(node, phase):
             image = f"driver=qcow2,file.filename={value(overlay)},backing.driver=vmcache"
             image += f",backing.file.filename={value(directory)}/node-{node}.qcow2"
-            return network.on_node(*lab.preload("qemu-io", "-r", "--image-opts", image))
+            return Machine(image, network.on_node(*lab.preload()))
 
         if "cold" not in self.phases:
             # Filled once; every node gets a copy.
-            replay.replay([command(0, "")], replay.script(lab.reads))
+            replay.replay([machine(0, "").replayed()], replay.script(lab.reads))
         for node in range(bases, nodes):
             image = f"{directory}/node-{node % bases}.qcow2"
             run(["cp", "--sparse=always", image, f"{directory}/node-{node}.qcow2"])
         if "cold" not in self.phases:
             run(["sync", "--file-system", directory])
-        yield command
+        yield machine
         # A stock QEMU must find nothing wrong with it.
         run(network.on_node("qemu-img", "check", "-q", "-f", "qcow2", f"{directory}/node-0.qcow2"))
 
@@ -375,8 +403,8 @@ class Chained(Vmcache):
     @contextlib.contextmanager
     def open(self, lab, network, directory, nodes):
         try:
-            with super().open(lab, network, directory, nodes) as command:
-                yield command
+            with super().open(lab, network, directory, nodes) as machine:
+                yield machine
         finally:
             for name in os.listdir(lab.memory):
                 os.remove(f"{lab.memory}/{name}")
@@ -394,18 +422,24 @@ class Chained(Vmcache):
         lab.create_cache(network, f"{directory}/node-{node}.qcow2", base, "qcow2")
 
 
-def measure(lab, network, competitor, machines, nodes, boot_seconds=0.0, repeats=1):
+def measure(lab, network, competitor, machines, nodes, boot_seconds=0.0, repeats=1, start=None):
     """Replays the boot in all machines, which are spread over the nodes; a row for each phase, or
-    as many as `repeats` where nothing has to be fetched."""
-    text = replay.script(lab.reads, boot_seconds)
+    as many as `repeats` where nothing has to be fetched. With `start`, that starts them instead and
+    gives what replay.replay() does."""
+    if start is None:
+        text = replay.script(lab.reads, boot_seconds)
+
+        def start(chosen, _directory):
+            return replay.replay([machine.replayed() for machine in chosen], text)
+
     phases = []
     for phase in competitor.phases:
         phases += [phase] * (repeats if phase in ("warm", "copied") or isinstance(competitor, Local) else 1)
-    with lab.scratch() as directory, competitor.open(lab, network, directory, nodes) as command:
+    with lab.scratch() as directory, competitor.open(lab, network, directory, nodes) as machine:
         for phase in phases:
             received, sent = network.received(), network.sent()
             took = competitor.before(lab, network, directory, nodes, phase)
-            seconds, spent = replay.replay([command(machine % nodes, phase) for machine in range(machines)], text)
+            seconds, spent = start([machine(number % nodes, phase) for number in range(machines)], directory)
             yield {
                 "competitor": f"{competitor.title} {phase}".strip(),
                 "network": network.name,

@@ -146,6 +146,12 @@ TABLES = {
         [("bases", "bases", str), ("competitor", "", str)],
         REPLAY,
     ),
+    "guests": (
+        "A Debian 12 boots to multi-user, emulated, one guest on each node, 1 Gbit/s",
+        [],
+        [("machines", "guests", str), ("competitor", "", str)],
+        REPLAY[:4],
+    ),
 }
 
 
