@@ -1,13 +1,17 @@
-"""bench_memory.py - the experiment of bench on memory: what an idle machine has more
-of it with the driver than without, before and after it has read a boot.
+"""bench_memory.py - the experiments of bench on memory: what an idle machine has more
+of it with the driver than without, before and after it has read a boot; and the most
+that a process takes while it stores less quickly than it reads.
 
 Used by: bench.py. The machine is a qemu-system-x86_64 whose processor never starts;
-its block layer reads what the boot reads, by the monitor's own qemu-io command.
+its block layer reads what the boot reads, by the monitor's own qemu-io command. What
+reads more quickly than it stores is a qemu-img bench over a base in the page cache.
 """
 
 import contextlib
 import json
+import os
 import socket
+import subprocess
 import time
 
 import bench_lab
@@ -15,6 +19,9 @@ from bench_replay import Cell
 
 # How long a machine is left alone before it is looked at: longer than a checkpoint takes to come.
 IDLE_SECONDS = 3
+# The options that the most memory is taken with.
+QUEUES = ("populate=off", "populate=on")
+QUEUE_READ = 2 << 20
 
 
 class Monitor:
@@ -58,6 +65,13 @@ def resident(process):
         "pss-bytes": sums["Pss"],
         "private-bytes": sums["Private_Clean"] + sums["Private_Dirty"],
     }
+
+
+def high_water(process):
+    """The most that a program has had resident until now, in bytes; 0 when it has ended."""
+    with open(f"/proc/{process}/status", encoding="ascii") as lines:
+        found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(found[0]) << 10 if found else 0
 
 
 @contextlib.contextmanager
@@ -110,3 +124,42 @@ def memory(lab, settings):
         for count, most in ((1, settings["memory-rounds"]), (settings["memory-machines"], 1))
         for kind in ("plain NFS", "vmcache")
     ]
+
+
+@contextlib.contextmanager
+def queue(lab, settings):
+    """The most memory of one process that reads all of a base whose blocks have to be stored."""
+    size = settings["queue-mib"] << 20
+    with lab.scratch() as directory:
+        base = f"{directory}/base.raw"
+        with open(base, "wb") as out:
+            for _ in range(size >> 20):
+                out.write(os.urandom(1 << 20))
+
+        def read(options, depth):
+            cache = f"{directory}/cache.qcow2"
+            bench_lab.run([f"{lab.programs}/vmcache", "create", "-q", "--force", "-b", base, "-F", "raw", cache])
+            image = f"driver=vmcache,file.filename={bench_lab.value(cache)},{options}"
+            words = ["qemu-img", "bench", "-s", str(QUEUE_READ), "-c", str(size // QUEUE_READ), "-d", str(depth)]
+            child = subprocess.Popen(lab.preload(*words, "--image-opts", image), stdout=subprocess.DEVNULL)
+            # Not what wait4 says: that knows what this process had when it started the other.
+            peak = 0
+            while child.poll() is None:
+                peak = max(peak, high_water(child.pid))
+                time.sleep(0.005)
+            if child.returncode != 0:
+                raise SystemExit("qemu-img bench failed")
+            yield {
+                "competitor": f"vmcache {options}",
+                "depth": depth,
+                "block-bytes": QUEUE_READ,
+                "peak-bytes": peak,
+                # Where there are some, the queue was full.
+                "dropped-bytes": lab.cache_status("stats", cache)["dropped-bytes"],
+            }
+
+        yield [
+            Cell(f"{options}, depth {depth}", 1, lambda point=(options, depth): read(*point))
+            for depth in (1, 64)
+            for options in QUEUES
+        ]
