@@ -75,8 +75,8 @@ def guests(lab, settings):
             pass
     cells = []
     for count in settings["guests"]:
-        everybody = [Local(), Plain(), Vmcache()]
-        if count <= settings["most-copy-on-read-guests"]:
-            everybody.append(CopyOnRead())
+        everybody = [Local()] if count <= settings["most-local-guests"] else []
+        everybody += [Plain(), Vmcache()]
+        everybody += [CopyOnRead()] if count in settings["copy-on-read-guests"] else []
         cells += [cell(one, count) for one in everybody]
     yield cells

@@ -149,19 +149,21 @@ def name_lines(figure):
             )
 
 
-def bars(axis, found, text):
-    """A bar for each competitor, the first on top, with its figure at its end."""
+def bars(axis, found, text, spread=True):
+    """A bar for each competitor, the first on top, with its figure at its end: the median, and the
+    least and the greatest, in words or as a line."""
     names = list(found)[::-1]
     middle = [statistics.median(found[name]) for name in names]
     axis.barh(names, middle, color=[colour(name) for name in names], height=0.65)
     for number, (name, value) in enumerate(zip(names, middle)):
-        least, most = text(min(found[name])), text(max(found[name]))
-        spread = f"  ({least} to {most})" if least != most else ""
-        axis.annotate(
-            f"{text(value)}{spread}", (value, number), (4, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        least, most = min(found[name]), max(found[name])
+        words = f"  ({text(least)} to {text(most)})" if spread and text(least) != text(most) else ""
+        if not spread:
+            axis.hlines(number, least, most, color="#222222", linewidth=1)
+        place = (value if spread else most, number)
+        axis.annotate(f"{text(value)}{words}", place, (4, 0), textcoords="offset points", va="center", fontsize=8)
     axis.grid(axis="y", visible=False)
-    axis.set_xlim(0, max(middle) * 1.35)
+    axis.set_xlim(0, max(max(found[name]) for name in names) * (1.35 if spread else 1.2))
 
 
 def panels(rows, columns, width=5.6, height=3.6):
@@ -205,6 +207,20 @@ def nodes(rows):
             axis.set_title(f"{when.capitalize()}, {link}{think}")
             axis.set_xlabel("nodes that start at once")
             axis.set_ylabel("until the slowest has started (s)")
+    return figure
+
+
+def starts(rows):
+    """The same for the slow link alone, as the README shows it."""
+    mine = [row for row in rows if row["network"] == "shaped" and row["boot-seconds"] == 0]
+    figure, axes = panels(1, 2, width=5.4, height=4.4)
+    for axis, chosen, when in zip(axes[0], (is_cold, is_warm), ("First start", "Later starts")):
+        shown = [row for row in mine if chosen(row) or row["competitor"].startswith("plain")]
+        lines(axis, series(shown, "nodes", "last-seconds"))
+        plain_numbers(axis)
+        axis.set_title(f"{when}, 1 Gbit/s, no think time")
+        axis.set_xlabel("nodes that start at once")
+        axis.set_ylabel("until the slowest has started (s)")
     return figure
 
 
@@ -264,6 +280,35 @@ def reads(rows):
     return figure
 
 
+def warm(rows):
+    """Warm reads as multiples of raw io_uring, round by round, as the README shows it."""
+    kinds = {
+        "vmcache, repeated reads": ("vmcache", bench_report.REPEATED),
+        "vmcache, first reads": ("vmcache", bench_report.FIRST),
+        "preadv2 alone (the floor)": (bench_report.FLOOR, bench_report.REPEATED),
+        "raw io_uring": ("raw io_uring", bench_report.REPEATED),
+        "qcow2 io_uring": ("qcow2 io_uring", bench_report.REPEATED),
+        "raw threads": ("raw threads", bench_report.REPEATED),
+    }
+    depths = [row["depth"] for row in rows]
+    points = [(4096, min(depths)), (4096, max(depths)), (bench_report.MIB, min(depths))]
+    figure, axes = panels(1, len(points), width=3.6, height=2.6)
+    for axis, (block, depth) in zip(axes[0], points):
+        found = {}
+        for name, (kind, state) in kinds.items():
+            mine = {"block-bytes": block, "depth": depth, "competitor": kind, "state": state}
+            other = {**mine, "competitor": "raw io_uring"}
+            found[name] = bench_report.paired(rows, "reads-per-second", mine, other)
+        bars(axis, {name: times for name, times in found.items() if times}, lambda number: f"{number:.2f}", spread=False)
+        axis.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+        order = "sequential" if block >= bench_report.MIB else "random"
+        axis.set_title(f"{bench_report.size(block)} {order}, depth {depth}")
+        axis.set_xlabel("reads per second, raw io_uring = 1")
+        if axis is not axes[0][0]:
+            axis.set_yticklabels([])
+    return figure
+
+
 def opening(rows):
     figure, axes = panels(1, 1, width=7)
     axis = axes[0][0]
@@ -286,6 +331,38 @@ def memory(rows):
         axis.set_xlabel(unit)
     axes[0][0].set_title("Memory of an idle qemu-system")
     axes[0][1].set_yticklabels([])
+    return figure
+
+
+def queue(rows):
+    figure, axes = panels(1, 1, width=7, height=2.4)
+    found = {}
+    for row in rows:
+        found.setdefault(f"{row['competitor']}, depth {row['depth']}", []).append(row["peak-bytes"] / 1e6)
+    bars(axes[0][0], found, lambda number: f"{number:.1f}")
+    axes[0][0].set_title("The most memory while blocks come faster than they are stored")
+    axes[0][0].set_xlabel("Rss (MB)")
+    return figure
+
+
+def guests(rows):
+    counts = sorted({row["machines"] for row in rows})
+    figure, axes = panels(1, len(counts) + 1, width=4.4, height=2.8)
+    for axis, count in zip(axes[0], counts):
+        found = {}
+        for row in rows:
+            if row["machines"] == count:
+                found.setdefault(row["competitor"], []).append(row["last-seconds"])
+        bars(axis, found, lambda number: f"{number:.1f}")
+        axis.set_title(f"{count} {'guest' if count == 1 else 'guests at once'}")
+        axis.set_xlabel("until the slowest is up (s)")
+    found = {}
+    for row in rows:
+        if row["machines"] == counts[-1]:
+            found.setdefault(row["competitor"], []).append(row["link-bytes"] / 1e6)
+    bars(axes[0][-1], found, lambda number: f"{number:,.1f}")
+    axes[0][-1].set_title(f"{counts[-1]} {'guest' if counts[-1] == 1 else 'guests'}")
+    axes[0][-1].set_xlabel("bytes over the link (MB)")
     return figure
 
 
@@ -337,14 +414,16 @@ def bases(rows):
 
 
 FIGURES = {
-    "nodes": (("nodes", nodes), ("traffic", traffic)),
+    "nodes": (("starts", starts), ("nodes", nodes), ("traffic", traffic)),
     "together": (("together", together),),
-    "reads": (("reads", reads),),
+    "reads": (("warm", warm), ("reads", reads)),
     "open": (("open", opening),),
     "memory": (("memory", memory),),
+    "queue": (("queue", queue),),
     "clusters": (("clusters", clusters),),
     "quota": (("quota", quota),),
     "bases": (("bases", bases),),
+    "guests": (("guests", guests),),
 }
 
 
@@ -362,14 +441,14 @@ def forget(directory):
                     os.remove(path)
 
 
-def draw(results, directory):
-    """Draws all figures."""
+def draw(results, directory, only=None):
+    """Draws all figures, or only the named ones."""
     machine = results["machine"]
     source = f"{machine['cpu']}, {machine['cores']} processors; Linux {machine['kernel']}; {machine['date'][:10]}"
     for experiment, figures in FIGURES.items():
         rows = [row for row in results["measurements"] if row["experiment"] == experiment]
         for name, make in figures if rows else ():
-            figure = make(rows)
+            figure = make(rows) if only is None or name in only else None
             if figure is None:
                 continue
             figure.supxlabel(source, x=0.995, ha="right", fontsize=7, color=GREY)

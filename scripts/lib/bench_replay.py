@@ -52,6 +52,8 @@ def nodes(lab, settings):
     most = settings["rounds-with-machines"]
     for count in settings["counts"]:
         for network in lab.networks.values():
+            if network.name == "unshaped" and count not in settings["unshaped-counts"]:
+                continue
             everybody = [
                 Local(),
                 Plain(),
@@ -83,7 +85,7 @@ def together(lab, settings):
     network = lab.networks["shaped"]
     cells = []
     for count in settings["together"]:
-        rounds = settings["together-rounds"] if count > 1 else 99
+        rounds = settings["together-rounds"].get(count, 99)
         for one in (Local(), Plain(), Nbdkit(), Vmcache()):
             cells.append(cell(lab, network, one, count, 1, rounds=rounds))
         cells.append(cell(lab, network, CopyOnRead(128 << 10, extended=True), count, count, rounds=rounds))
@@ -101,7 +103,7 @@ def clusters(lab, settings):
         if size >= 16 << 10:
             everybody.append((CopyOnRead(size, extended=True), size, size // 32, "copy-on-read extended L2"))
     yield [
-        cell(lab, network, one, 1, 1, **{"cluster-bytes": size, "unit-bytes": unit, "image": image})
+        cell(lab, network, one, 1, 1, rounds=settings["sizes-rounds"], **{"cluster-bytes": size, "unit-bytes": unit, "image": image})
         for one, size, unit, image in everybody
     ]
 
@@ -111,8 +113,8 @@ def quota(lab, settings):
     """Quotas below and above what the boot reads: one machine, the shaped link."""
     network = lab.networks["shaped"]
     yield [
-        cell(lab, network, Vmcache(**({"quota": f"{size}M"} if size else {})), 1, 1, **{"quota-bytes": size * MIB})
-        for size in settings["quotas"]
+        cell(lab, network, Vmcache(**options), 1, 1, rounds=settings["sizes-rounds"], **{"quota-bytes": size * MIB})
+        for size, options in ((size, {"quota": f"{size}M"} if size else {}) for size in settings["quotas"])
     ]
 
 
@@ -159,5 +161,10 @@ def bases(lab, settings):
         return Cell(text, seconds, lambda: crossing(one, number, count), rounds=1)
 
     count = settings["bases-nodes"]
-    everybody = (Local(), Plain(), CopyOnRead(128 << 10, extended=True), Vmcache(), Chained())
-    yield [one_cell(one, number, count) for number in settings["bases"] for one in everybody]
+    cells = []
+    for number in settings["bases"]:
+        everybody = [Local(), Plain(), Vmcache(), Chained()]
+        if number <= settings["most-copy-on-read-bases"]:
+            everybody.append(CopyOnRead(128 << 10, extended=True))
+        cells += [one_cell(one, number, count) for one in everybody]
+    yield cells

@@ -1,0 +1,199 @@
+"""test_bench.py - the parts of scripts/bench that measure nothing: traces, rounds,
+medians, targets, tables and figures.
+
+Run by scripts/test (unit), or: /usr/bin/python3 -m unittest discover tests/bench
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+import unittest
+
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, f"{CHECKOUT}/scripts/lib")
+
+import bench
+import bench_plot
+import bench_readme
+import bench_report
+import replay
+from bench_replay import Cell
+
+# Three reads, 1 and 3 seconds after the first.
+TRACE = [(5_000_000, 0, 4096), (6_000_000, 1 << 20, 512), (8_000_000, 4095, 2)]
+# What one run of `scripts/bench --quick` left.
+with open(f"{CHECKOUT}/tests/data/bench-results.json", encoding="utf-8") as lines:
+    RUN = json.load(lines)
+
+
+def sleeps(script):
+    return [int(wait) for wait in re.findall(rb"sleep (\d+)\n", script)]
+
+
+def read_row(number, kind, rate, **more):
+    return {
+        "experiment": "reads",
+        "round": number,
+        "competitor": kind,
+        "state": bench_report.REPEATED,
+        "block-bytes": 4096,
+        "depth": 1,
+        "reads-per-second": rate,
+        **more,
+    }
+
+
+def replay_row(kind, nodes, seconds, moved=0):
+    return {
+        "experiment": "nodes",
+        "round": 1,
+        "network": "shaped",
+        "boot-seconds": 0,
+        "competitor": kind,
+        "nodes": nodes,
+        "last-seconds": seconds,
+        "link-bytes": moved,
+        "distinct-bytes": 100,
+    }
+
+
+def verdicts(rows):
+    return {target["target"]: target["verdict"] for target in bench_report.targets(rows)}
+
+
+class Traces(unittest.TestCase):
+    def test_a_trace_is_read_without_its_remarks(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".csv") as trace:
+            trace.write("# a remark\nmicroseconds,offset,length\n7,4096,512\n")
+            trace.flush()
+            self.assertEqual(replay.read_trace(trace.name), [(7, 4096, 512)])
+
+    def test_each_block_that_is_touched_counts_once(self):
+        self.assertEqual(replay.distinct_bytes(TRACE), 3 * 4096)
+
+    def test_without_a_boot_length_nothing_sleeps_and_all_is_read_in_order(self):
+        script = replay.script(TRACE)
+        self.assertEqual(script, b"read -q 0 4096\nread -q 1048576 512\nread -q 4095 2\n" + replay.MARK)
+
+    def test_think_times_are_scaled_to_the_length_of_the_boot(self):
+        self.assertEqual(sleeps(replay.script(TRACE, 9)), [3000, 6000])
+
+    def test_think_times_below_a_millisecond_add_up(self):
+        trace = [(microseconds, 0, 512) for microseconds in range(0, 100_001, 100)]
+        self.assertEqual(sum(sleeps(replay.script(trace, 0.1))), 100)
+
+
+class Rounds(unittest.TestCase):
+    def test_every_second_round_goes_the_other_way_about(self):
+        cells = [Cell(name, 1, None) for name in "abc"]
+        found = ["".join(cell.text for cell in bench.order(cells, number)) for number in (1, 2, 3)]
+        self.assertEqual(found, ["abc", "cba", "abc"])
+
+    def test_a_cell_has_no_more_rounds_than_it_says(self):
+        cells = [Cell("a", 1, None), Cell("b", 1, None, rounds=1)]
+        found = ["".join(cell.text for cell in bench.order(cells, number)) for number in (1, 2)]
+        self.assertEqual(found, ["ab", "a"])
+
+    def test_both_forms_have_the_same_settings(self):
+        self.assertEqual(set(bench.QUICK), set(bench.FULL))
+
+
+class Statistics(unittest.TestCase):
+    def test_the_median_is_that_of_the_chosen_rows(self):
+        rows = [{"a": 1, "b": 5}, {"a": 1, "b": 9}, {"a": 2, "b": 100}]
+        self.assertEqual(bench_report.median(rows, "b", a=1), 7)
+
+    def test_there_is_no_median_of_nothing(self):
+        self.assertIsNone(bench_report.median([], "b"))
+
+    def test_ratios_pair_what_one_round_measured(self):
+        rows = [read_row(1, "vmcache", 20), read_row(1, "raw", 10), read_row(2, "vmcache", 90), read_row(2, "raw", 30)]
+        found = bench_report.paired(rows, "reads-per-second", {"competitor": "vmcache"}, {"competitor": "raw"})
+        self.assertEqual(found, [2, 3])
+
+    def test_a_round_without_its_partner_has_no_ratio(self):
+        rows = [read_row(1, "vmcache", 20), read_row(2, "vmcache", 90), read_row(2, "raw", 30)]
+        found = bench_report.paired(rows, "reads-per-second", {"competitor": "vmcache"}, {"competitor": "raw"})
+        self.assertEqual(found, [3])
+
+    def test_sizes_are_said_in_the_largest_unit(self):
+        said = [bench_report.size(number) for number in (0, 512, 64 << 10, 3 << 29, 1 << 40)]
+        self.assertEqual(said, ["none", "512 B", "64 KiB", "1.5 GiB", "1 TiB"])
+
+    def test_a_table_has_the_median_and_the_spread_of_a_group(self):
+        rows = [{"competitor": "x", "v": value} for value in (1, 2, 9)]
+        table = bench_report.table(rows, [("competitor", "", str)], [("value", "v", str)])
+        self.assertEqual(table.splitlines()[-1].split(), ["x", "2", "1..9"])
+
+
+class Targets(unittest.TestCase):
+    def test_the_median_ratio_decides_for_reads(self):
+        rows = [read_row(number, "vmcache", rate) for number, rate in enumerate((95, 96, 50), 1)]
+        rows += [read_row(number, bench_report.FLOOR, 100) for number in (1, 2, 3)]
+        text = f"warm 4 KiB random, repeated reads, depth 1, against {bench_report.FLOOR}"
+        self.assertEqual(verdicts(rows), {text: "met"})
+
+    def test_first_reads_are_judged_by_themselves(self):
+        rows = [read_row(1, kind, rate, state=state) for kind, state, rate in (
+            ("vmcache", bench_report.FIRST, 90),
+            (bench_report.FLOOR, bench_report.FIRST, 100),
+            ("vmcache", bench_report.REPEATED, 100),
+            (bench_report.FLOOR, bench_report.REPEATED, 100),
+        )]
+        text = "warm 4 KiB random, {} reads, depth 1, against " + bench_report.FLOOR
+        self.assertEqual(verdicts(rows), {text.format("repeated"): "met", text.format("first"): "NOT MET"})
+
+    def test_many_nodes_may_take_what_local_readers_take_longer(self):
+        rows = [replay_row("vmcache warm", 1, 1.0), replay_row("local raw file", 1, 0.5)]
+        rows += [replay_row("vmcache warm", 64, 4.5), replay_row("local raw file", 64, 4.0)]
+        self.assertEqual(list(verdicts(rows).values()), ["met"])
+        rows[2]["last-seconds"] = 4.7
+        self.assertEqual(list(verdicts(rows).values()), ["NOT MET"])
+
+    def test_warm_nodes_may_move_less_than_a_hundredth(self):
+        rows = [replay_row("vmcache warm", 1, 1.0), replay_row("vmcache warm", 64, 1.0, 10)]
+        rows.append(replay_row("plain NFS", 64, 1.0, 1000))
+        self.assertEqual(list(verdicts(rows).values()), ["NOT MET"])
+
+    def test_a_queue_that_was_never_full_is_not_judged(self):
+        rows = [
+            {"experiment": "queue", "competitor": f"vmcache populate={on}", "depth": 1, "peak-bytes": 1, "dropped-bytes": 0}
+            for on in ("on", "off")
+        ]
+        self.assertEqual(list(verdicts(rows).values()), ["not measured here"])
+
+    def test_what_was_not_measured_has_no_target(self):
+        self.assertEqual(bench_report.targets([]), [])
+
+
+class Results(unittest.TestCase):
+    def test_every_experiment_of_a_run_is_drawn_in_both_forms(self):
+        with tempfile.TemporaryDirectory() as directory:
+            bench_plot.draw(RUN, directory)
+            drawn = {name for name in os.listdir(directory) if os.stat(f"{directory}/{name}").st_size > 10_000}
+        names = [name for figures in bench_plot.FIGURES.values() for name, _ in figures]
+        self.assertEqual(drawn, {f"{name}.{form}" for name in names for form in ("svg", "png")})
+
+    def test_a_run_that_is_drawn_again_gives_the_same_file(self):
+        drawn = []
+        for _ in range(2):
+            with tempfile.TemporaryDirectory() as directory:
+                bench_plot.draw(RUN, directory, ["open"])
+                with open(f"{directory}/open.svg", "rb") as picture:
+                    drawn.append(picture.read())
+        self.assertEqual(drawn[0], drawn[1])
+
+    def test_the_readme_has_every_target_and_every_competitor(self):
+        text = bench_readme.text(RUN)
+        named = [target["target"] for target in RUN["targets"]]
+        named += {row["competitor"] for row in RUN["measurements"] if row["experiment"] in ("nodes", "guests", "reads")}
+        self.assertEqual([name for name in named if name not in text], [])
+
+    def test_the_targets_of_a_run_are_those_of_its_measurements(self):
+        self.assertEqual(bench_report.targets(RUN["measurements"]), RUN["targets"])
+
+
+if __name__ == "__main__":
+    unittest.main()
