@@ -25,6 +25,7 @@ VERMILLION, ORANGE, PINK, GREY = "#D55E00", "#E69F00", "#CC79A7", "#777777"
 # By the beginning of a competitor's name, the longest first.
 COLOURS = {
     "vmcache chained": SKY,
+    "vmcache, first": SKY,
     "vmcache": BLUE,
     "plain": VERMILLION,
     "copy-on-read extended": PINK,
@@ -32,7 +33,7 @@ COLOURS = {
     "nbdkit": GREEN,
     "full copy": GREY,
     "local raw": BLACK,
-    "preadv2 alone": BLACK,
+    "preadv2 alone": GREY,
     "raw threads": VERMILLION,
     "raw io_uring": ORANGE,
     "raw native": GREEN,
@@ -54,6 +55,7 @@ plt.rcParams.update(
         "axes.titlelocation": "left",
         "axes.edgecolor": "#444444",
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.color": "#e4e4e4",
         "grid.linewidth": 0.7,
         "svg.fonttype": "none",
@@ -215,7 +217,11 @@ def starts(rows):
     mine = [row for row in rows if row["network"] == "shaped" and row["boot-seconds"] == 0]
     figure, axes = panels(1, 2, width=5.4, height=4.4)
     for axis, chosen, when in zip(axes[0], (is_cold, is_warm), ("First start", "Later starts")):
-        shown = [row for row in mine if chosen(row) or row["competitor"].startswith("plain")]
+        shown = [
+            {**row, "competitor": row["competitor"].removesuffix(" cold").removesuffix(" warm").removesuffix(" copied")}
+            for row in mine
+            if chosen(row) or row["competitor"].startswith("plain")
+        ]
         lines(axis, series(shown, "nodes", "last-seconds"))
         plain_numbers(axis)
         axis.set_title(f"{when}, 1 Gbit/s, no think time")
