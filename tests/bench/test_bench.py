@@ -41,6 +41,7 @@ def read_row(number, kind, rate, **more):
         "block-bytes": 4096,
         "depth": 1,
         "reads-per-second": rate,
+        "cpu-seconds-per-read": 1 / rate,
         **more,
     }
 
@@ -130,10 +131,11 @@ class Statistics(unittest.TestCase):
 
 class Targets(unittest.TestCase):
     def test_the_median_ratio_decides_for_reads(self):
-        rows = [read_row(number, "vmcache", rate) for number, rate in enumerate((95, 96, 50), 1)]
+        rows = [read_row(number, "vmcache", rate) for number, rate in enumerate((96, 97, 50), 1)]
         rows += [read_row(number, bench_report.FLOOR, 100) for number in (1, 2, 3)]
-        text = f"warm 4 KiB random, repeated reads, depth 1, against {bench_report.FLOOR}"
-        self.assertEqual(verdicts(rows), {text: "met"})
+        found = verdicts(rows)
+        self.assertEqual(found[f"warm 4 KiB random, repeated reads, depth 1, against {bench_report.FLOOR}"], "met")
+        self.assertEqual(set(found.values()), {"met"})
 
     def test_first_reads_are_judged_by_themselves(self):
         rows = [read_row(1, kind, rate, state=state) for kind, state, rate in (
@@ -142,8 +144,9 @@ class Targets(unittest.TestCase):
             ("vmcache", bench_report.REPEATED, 100),
             (bench_report.FLOOR, bench_report.REPEATED, 100),
         )]
+        found = verdicts(rows)
         text = "warm 4 KiB random, {} reads, depth 1, against " + bench_report.FLOOR
-        self.assertEqual(verdicts(rows), {text.format("repeated"): "met", text.format("first"): "NOT MET"})
+        self.assertEqual([found[text.format(state)] for state in ("repeated", "first")], ["met", "NOT MET"])
 
     def test_many_nodes_may_take_what_local_readers_take_longer(self):
         rows = [replay_row("vmcache warm", 1, 1.0), replay_row("local raw file", 1, 0.5)]
