@@ -410,14 +410,19 @@ class Chained(Vmcache):
                 os.remove(f"{lab.memory}/{name}")
 
     def create(self, lab, network, directory, node):
-        published = f"{lab.memory}/base-{node}.qcow2"
-        lab.create_cache(network, published, network.base(node))
-        # Filled from the base itself; over the network it would take as long as a first start.
-        image = f"driver=vmcache,file.filename={value(published)},backing.driver=raw"
-        image += f",backing.file.driver=file,backing.file.filename={value(lab.image)}"
-        command = lab.preload("qemu-io", "-r", "--image-opts", image)
-        replay.replay([command], replay.script(lab.reads))
-        os.remove(f"{published}.live")
+        first, published = (f"{lab.memory}/base-{number}.qcow2" for number in (0, node))
+        if node == 0:
+            lab.create_cache(network, published, network.base())
+            # Filled from the base itself; over the network it would take as long as a first start.
+            image = f"driver=vmcache,file.filename={value(published)},backing.driver=raw"
+            image += f",backing.file.driver=file,backing.file.filename={value(lab.image)}"
+            filler = Machine(image, lab.preload())
+            replay.replay([filler.replayed()], replay.script(lab.reads))
+            os.remove(f"{published}.live")
+        else:
+            # What the bases hold is the same; only their names differ.
+            run(["cp", "--sparse=always", first, published])
+            run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", network.base(node), published])
         base = f"nfs://{network.address}{published}"
         lab.create_cache(network, f"{directory}/node-{node}.qcow2", base, "qcow2")
 
