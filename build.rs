@@ -15,6 +15,8 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=include/vmcache.h");
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,{SONAME}");
+    // The command line looks for an installed library under this name.
+    println!("cargo:rustc-env=VMCACHE_SONAME={SONAME}");
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("Cargo sets OUT_DIR")).join("vmcache.rs");
     bindgen::Builder::default()

@@ -1,6 +1,7 @@
 //! `vmcache exec`: programs with the library loaded.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use crate::dir::{CACHE, Dir, MIB, Run, copy_program, library};
@@ -97,12 +98,65 @@ fn a_library_beside_the_program_is_found() {
 }
 
 #[test]
+fn an_installed_library_keeps_its_soname_over_an_update() {
+    let dir = Dir::new();
+    let mut command = install(&dir);
+    fs::create_dir(dir.path("lib")).unwrap();
+    fs::copy(library(), dir.path("lib/libvmcache.so.0.1.0")).unwrap();
+    symlink("libvmcache.so.0.1.0", dir.path("lib/libvmcache.so.0")).unwrap();
+    let output = command.output().unwrap();
+    let found = fs::canonicalize(dir.path("lib")).unwrap().join("libvmcache.so.0");
+    assert_eq!(String::from_utf8(output.stdout).unwrap().trim_end(), found.to_str().unwrap());
+}
+
+#[test]
+fn a_wrapper_starts_the_program_it_is_called_after() {
+    let dir = Dir::with_cache(MIB);
+    install(&dir);
+    symlink("vmcache", dir.path("bin/qemu-img-vmcache")).unwrap();
+    let cache = format!("driver=vmcache,file.filename={}", dir.text(CACHE));
+    let output = Command::new(dir.path("bin/qemu-img-vmcache"))
+        .args(["info", "--image-opts", &cache])
+        .env("VMCACHE_LIBRARY", library())
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("file format: vmcache"), "{said}");
+}
+
+#[test]
+fn a_wrapper_around_a_wrapper_is_one() {
+    let dir = Dir::with_cache(MIB);
+    install(&dir);
+    symlink("vmcache", dir.path("bin/qemu-img-vmcache")).unwrap();
+    let wrapper = dir.text("bin/qemu-img-vmcache");
+    let cache = format!("driver=vmcache,file.filename={}", dir.text(CACHE));
+    let run = exec(&dir, &[&wrapper, "info", "--image-opts", &cache]).exits(0);
+    assert_eq!(run.stderr, "");
+    run.prints("file format: vmcache");
+}
+
+#[test]
+fn a_wrapper_whose_program_is_not_there_says_which_it_is() {
+    let dir = Dir::new();
+    install(&dir);
+    symlink("vmcache", dir.path("bin/qemu-none-vmcache")).unwrap();
+    let output = Command::new(dir.path("bin/qemu-none-vmcache"))
+        .env("VMCACHE_LIBRARY", library())
+        .output()
+        .unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(127));
+    assert!(message.contains("could not run 'qemu-none': No such file"), "{message}");
+}
+
+#[test]
 fn without_a_library_anywhere_the_message_says_where_it_was_looked_for() {
     let dir = Dir::new();
     let output = install(&dir).output().unwrap();
     let message = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(125));
-    assert!(message.contains("could not find libvmcache.so in"), "{message}");
+    assert!(message.contains("could not find libvmcache.so.0 or libvmcache.so in"), "{message}");
     assert!(message.contains("VMCACHE_LIBRARY"), "{message}");
 }
 

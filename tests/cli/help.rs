@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use crate::dir::{CACHE, Dir, MIB};
 
+const COMMANDS: [&str; 7] = ["create", "info", "check", "stats", "drive", "exec", "completions"];
+
 #[test]
 fn the_version_is_the_packages() {
     let run = Dir::new().vmcache(&["--version"]).exits(0);
@@ -33,13 +35,13 @@ fn every_subcommand_explains_itself() {
     help("stats").prints("watch vmcache stats");
     help("drive").prints("unmodified QEMU").prints("libvirt");
     help("exec").prints("LD_PRELOAD").prints("127");
+    help("completions").prints("bash");
 }
 
 #[test]
 fn no_line_of_help_is_wider_than_100_columns() {
     let dir = Dir::new();
-    let commands = ["create", "info", "check", "stats", "drive", "exec"];
-    let helps = commands.map(|command| dir.vmcache(&[command, "--help"]).stdout);
+    let helps = COMMANDS.map(|command| dir.vmcache(&[command, "--help"]).stdout);
     let all = dir.vmcache(&["--help"]).stdout + &helps.concat();
     assert_eq!(all.lines().filter(|line| line.chars().count() > 100).collect::<Vec<_>>(), [""; 0]);
 }
@@ -48,6 +50,34 @@ fn no_line_of_help_is_wider_than_100_columns() {
 fn the_log_can_be_turned_up_and_does_not_mix_with_the_output() {
     let run = Dir::new().vmcache_with("VMCACHE_LOG", "trace", &["--version"]).exits(0);
     assert!(run.stdout.starts_with("vmcache "), "{run:?}");
+}
+
+#[test]
+fn completions_know_every_subcommand_and_option() {
+    let dir = Dir::new();
+    let options = COMMANDS.map(|command| dir.vmcache(&[command, "-h"]).stdout).concat();
+    let words = options
+        .split_whitespace()
+        .filter(|word| word.starts_with("--"))
+        .map(|option| option.trim_end_matches(',').split('\'').next().unwrap());
+    let script = dir.vmcache(&["completions", "bash"]).exits(0).stdout;
+    let missing: Vec<_> =
+        COMMANDS.into_iter().chain(words).filter(|word| !script.contains(word)).collect();
+    assert_eq!(missing, [""; 0]);
+}
+
+#[test]
+fn bash_completes_a_subcommand_and_the_values_of_an_option() {
+    let dir = Dir::new();
+    let script = dir.vmcache(&["completions", "bash"]).exits(0).stdout;
+    dir.write("vmcache.bash", script.as_bytes());
+    let complete = "source ./vmcache.bash
+        COMP_WORDS=(vmcache dr) COMP_CWORD=1
+        _vmcache vmcache dr vmcache; echo ${COMPREPLY[*]}
+        COMP_WORDS=(vmcache drive --as lib) COMP_CWORD=3
+        _vmcache vmcache lib --as; echo ${COMPREPLY[*]}";
+    let run = dir.qemu("bash", &["-c", complete]).exits(0);
+    assert_eq!(run.stdout, "drive\nlibvirt\n");
 }
 
 /// The manual page without the marks of its language.
@@ -71,8 +101,7 @@ fn the_manual_page_has_every_key_of_the_json_forms() {
 #[test]
 fn the_manual_page_has_every_option() {
     let dir = Dir::new();
-    let commands = ["create", "info", "check", "stats", "drive", "exec"];
-    let helps = commands.map(|command| dir.vmcache(&[command, "-h"]).stdout).concat();
+    let helps = COMMANDS.map(|command| dir.vmcache(&[command, "-h"]).stdout).concat();
     let manual = manual();
     let missing: Vec<_> = helps
         .split_whitespace()

@@ -1,7 +1,10 @@
-//! `vmcache exec`: runs a QEMU program with the driver library preloaded.
+//! `vmcache exec`: runs a QEMU program with the driver library preloaded. So does a link to vmcache
+//! that is called qemu-NAME-vmcache, with the program qemu-NAME: a wrapper for whoever starts QEMU
+//! by one name, as libvirt does.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
@@ -9,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
+use clap::ValueHint;
 
 use crate::output::Failure;
 
@@ -18,7 +22,8 @@ const NOT_RUN: u8 = 126;
 const NOT_FOUND: u8 = 127;
 
 const LIBRARY_VARIABLE: &str = "VMCACHE_LIBRARY";
-const LIBRARY: &str = "libvmcache.so";
+/// What is installed has its soname; a build has only the other.
+const LIBRARIES: [&str; 2] = [env!("VMCACHE_SONAME"), "libvmcache.so"];
 const PRELOAD: &str = "LD_PRELOAD";
 
 const LONG_ABOUT: &str = "\
@@ -39,9 +44,11 @@ Examples:
   vmcache exec qemu-nbd --read-only --image-opts \\
       driver=vmcache,file.filename=debian12.cache
 
-A program started by another, as libvirt starts QEMU, gets a wrapper for its name:
-  #!/bin/sh
-  exec vmcache exec /usr/bin/qemu-system-x86_64 \"$@\"
+A program started by another, as libvirt starts QEMU, gets a wrapper: a link to
+vmcache that is called like the program, with -vmcache behind it. An installation
+has qemu-system-x86_64-vmcache, qemu-img-vmcache, qemu-io-vmcache and
+qemu-nbd-vmcache; others are made with
+  ln -s vmcache /usr/local/bin/qemu-system-i386-vmcache
 
 Exit status: the program's own; 125 where the library is missing, 126 where the
 program could not be run, 127 where it was not found.";
@@ -56,8 +63,24 @@ program could not be run, 127 where it was not found.";
 pub struct Args {
     /// The program and its arguments, all of them as they are
     // One list, since what comes after the program is never an option of ours.
-    #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        value_name = "PROGRAM",
+        value_hint = ValueHint::CommandWithArguments
+    )]
     command: Vec<OsString>,
+}
+
+impl Args {
+    /// Of a wrapper: a command line in which this program is called qemu-NAME-vmcache.
+    pub fn of_wrapper(mut command_line: impl Iterator<Item = OsString>) -> Option<Self> {
+        let called = command_line.next()?;
+        let name = Path::new(&called).file_name()?.as_bytes();
+        let program = name.strip_suffix(b"-vmcache").filter(|name| name.starts_with(b"qemu-"))?;
+        let program = OsStr::from_bytes(program).to_owned();
+        Some(Args { command: std::iter::once(program).chain(command_line).collect() })
+    }
 }
 
 /// Becomes the program; returns only where that fails.
@@ -87,8 +110,9 @@ fn find_library() -> Result<PathBuf> {
         Some(path) => PathBuf::from(path),
         None => beside_this_program()?,
     };
-    let path = found.canonicalize().map_err(|err| unusable(&found, &err))?;
-    if !path.is_file() {
+    let is_file = fs::metadata(&found).map_err(|err| unusable(&found, &err))?.is_file();
+    let path = place_of(&found).map_err(|err| unusable(&found, &err))?;
+    if !is_file {
         return Err(unusable(&path, &"not a file"));
     }
     if path.as_os_str().as_bytes().iter().any(|byte| b" \t\n:".contains(byte)) {
@@ -100,6 +124,16 @@ fn find_library() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The absolute path of a file, by the name it has: the file behind that name may be replaced by an
+/// update while a program lives whose children are to be given the library, too.
+fn place_of(path: &Path) -> io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    match (path.parent(), path.file_name()) {
+        (Some(directory), Some(name)) => Ok(directory.canonicalize()?.join(name)),
+        _ => Ok(path),
+    }
+}
+
 /// Where an installation or a build has it.
 fn beside_this_program() -> Result<PathBuf> {
     let program = env::current_exe()
@@ -109,14 +143,15 @@ fn beside_this_program() -> Result<PathBuf> {
     let places = ["../lib", "../lib64", multiarch.as_str(), "../lib/vmcache", "."];
     places
         .iter()
-        .map(|place| directory.join(place).join(LIBRARY))
+        .flat_map(|place| LIBRARIES.map(|library| directory.join(place).join(library)))
         .find(|path| path.is_file())
         .ok_or_else(|| {
             failure(
                 FAILED,
                 format!(
-                    "could not find {LIBRARY} in '{}' or in lib beside it; install it there, or \
-                     set {LIBRARY_VARIABLE} to its path",
+                    "could not find {} in '{}' or in lib beside it; install it there, or set \
+                     {LIBRARY_VARIABLE} to its path",
+                    LIBRARIES.join(" or "),
                     directory.display()
                 ),
             )
@@ -132,7 +167,7 @@ fn preload(library: &Path, before: Option<OsString>) -> OsString {
         others.filter(|other| !other.is_empty() && *other != library.as_os_str().as_bytes())
     {
         list.push(":");
-        list.push(std::ffi::OsStr::from_bytes(other));
+        list.push(OsStr::from_bytes(other));
     }
     list
 }
@@ -140,6 +175,20 @@ fn preload(library: &Path, before: Option<OsString>) -> OsString {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wrapper_runs_the_program_it_is_called_after_with_all_arguments() {
+        let wrapper = |words: &[&str]| {
+            Args::of_wrapper(words.iter().map(OsString::from)).map(|args| args.command)
+        };
+        assert_eq!(
+            wrapper(&["/usr/bin/qemu-img-vmcache", "--help", "a b"]),
+            Some(["qemu-img", "--help", "a b"].map(OsString::from).to_vec())
+        );
+        assert_eq!(wrapper(&["/usr/bin/vmcache", "info"]), None);
+        assert_eq!(wrapper(&["my-vmcache", "info"]), None);
+        assert_eq!(wrapper(&[]), None);
+    }
 
     #[test]
     fn the_library_is_preloaded_once_and_before_all_others() {

@@ -6,6 +6,7 @@
 
 mod base;
 mod check;
+mod completions;
 mod create;
 mod drive;
 mod exec;
@@ -19,7 +20,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::error::ErrorKind as UsageErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use vmcache::size;
 
 use output::Failure;
@@ -87,6 +88,7 @@ enum Command {
     Stats(stats::Args),
     Drive(drive::Args),
     Exec(exec::Args),
+    Completions(completions::Args),
 }
 
 impl Command {
@@ -98,15 +100,19 @@ impl Command {
             Command::Stats(args) => stats::run(args, out),
             Command::Drive(args) => drive::run(args, out),
             Command::Exec(args) => exec::run(args),
+            Command::Completions(args) => completions::run(args, Cli::command(), out),
         }
     }
 }
 
 fn main() -> ExitCode {
     start_log();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(err) => return usage(&err),
+    let cli = match exec::Args::of_wrapper(std::env::args_os()) {
+        Some(args) => Cli { command: Command::Exec(args) },
+        None => match Cli::try_parse() {
+            Ok(cli) => cli,
+            Err(err) => return usage(&err),
+        },
     };
     let mut out = io::stdout().lock();
     let done = cli.command.run(&mut out).and_then(|code| {
