@@ -77,7 +77,7 @@ fn bash_completes_a_subcommand_and_the_values_of_an_option() {
         COMP_WORDS=(vmcache drive --as lib) COMP_CWORD=3
         _vmcache vmcache lib --as; echo ${COMPREPLY[*]}";
     let run = dir.qemu("bash", &["-c", complete]).exits(0);
-    assert_eq!(run.stdout, "drive\nlibvirt\n");
+    assert_eq!(run.stdout, "drive\nlibvirt libvirt-nbd\n");
 }
 
 /// The manual page without the marks of its language.

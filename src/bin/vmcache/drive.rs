@@ -1,4 +1,5 @@
-//! `vmcache drive`: the argument that gives a virtual machine a disk through a cache image.
+//! `vmcache drive`: the argument that gives a virtual machine a disk through a cache image. Domains
+//! for libvirt are in domain.rs.
 
 use std::fs::File;
 use std::io::Write;
@@ -10,6 +11,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use vmcache::image::{Access, BaseFile, BaseState, Image};
 
+use crate::domain;
 use crate::output::{path_text, shell_quoted};
 
 const LONG_ABOUT: &str = "\
@@ -21,11 +23,16 @@ never the cache, so that it works without vmcache too. Without an overlay
 ends. 'blockdev' has no such thing; the disk is read-only.
 
 What takes which form:
-  drive     -drive of an unmodified QEMU that 'vmcache exec' runs
-  blockdev  -blockdev and blockdev-add of a QEMU with vmcache's patches; an
-            unmodified QEMU does not take the driver's name there
-  libvirt   a domain whose <emulator> is a wrapper around 'vmcache exec' (see
-            its --help), for an unmodified QEMU";
+  drive        -drive of an unmodified QEMU that 'vmcache exec' runs
+  blockdev     -blockdev and blockdev-add of a QEMU with vmcache's patches; an
+               unmodified QEMU does not take the driver's name there
+  libvirt      'virsh define': a domain whose <emulator> is the wrapper
+               qemu-system-x86_64-vmcache, for an unmodified QEMU
+  libvirt-nbd  'virsh define': a domain that needs no wrapper and does not come
+               near the cache; 'vmcache exec qemu-nbd' serves it to all domains
+
+A domain starts as it is printed, with one processor, a console and no network.
+With --fragment only the element with the disk is printed, for another domain.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -33,6 +40,14 @@ Examples:
       -drive \"$(vmcache drive --overlay vm1.qcow2 debian12.cache)\"
   qemu-system-x86_64 -blockdev \"$(vmcache drive --as=blockdev --id disk0 \\
       --overlay vm1.qcow2 debian12.cache)\" -device virtio-blk-pci,drive=disk0
+
+  vmcache drive --as=libvirt --overlay vm1.qcow2 debian12.cache > vm1.xml
+  virsh define vm1.xml && virsh start vm1 --console
+
+  vmcache exec qemu-nbd -r -t -e 64 -k /run/vmcache/debian12.sock \
+      --image-opts driver=vmcache,file.filename=debian12.cache &
+  vmcache drive --as=libvirt-nbd --socket /run/vmcache/debian12.sock \
+      --overlay vm2.qcow2 debian12.cache > vm2.xml
 
 Names are printed as absolute paths, with what QEMU's own syntax needs (a comma
 doubled) and no quoting for a shell: put the substitution between double quotes,
@@ -43,7 +58,6 @@ const DEFAULT_ID: &str = "vmcache0";
 /// Longest backing file name that QEMU takes.
 const BACKING_FILE_MAX: usize = 1023;
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
-const LIBVIRT_NAMESPACE: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
 
 /// Print the argument that gives a virtual machine a disk through a cache image
 #[derive(Debug, clap::Args)]
@@ -56,9 +70,11 @@ pub struct Args {
     #[arg(long = "as", value_enum, default_value_t, value_name = "FORM")]
     form: Form,
     /// Identifier for a -device of your own (drive: if=none,id=ID; blockdev: node-name, there and
-    /// for libvirt 'vmcache0' by default)
+    /// for libvirt 'vmcache0' by default; libvirt-nbd has none)
     #[arg(long, value_name = "ID", value_parser = parse_id)]
     id: Option<String>,
+    #[command(flatten)]
+    domain: domain::Args,
     /// The cache image
     #[arg(value_name = "CACHE")]
     cache: PathBuf,
@@ -72,18 +88,29 @@ enum Form {
     Drive,
     /// For -blockdev of a patched QEMU
     Blockdev,
-    /// Elements for a libvirt domain
+    /// A libvirt domain with the wrapper as its emulator
     Libvirt,
+    /// A libvirt domain on an NBD export of the cache
+    LibvirtNbd,
 }
 
 /// The files of a disk.
-struct Disk {
-    cache: String,
-    overlay: Option<String>,
+pub struct Disk {
+    /// The cache image.
+    pub cache: String,
+    /// The machine's own.
+    pub overlay: Option<String>,
 }
 
 /// Prints the argument.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<u8> {
+    let is_domain = matches!(args.form, Form::Libvirt | Form::LibvirtNbd);
+    if let Some(option) = args.domain.given().filter(|_| !is_domain) {
+        return Err(domain::not_for(option, "libvirt and --as=libvirt-nbd"));
+    }
+    if args.id.is_some() && args.form == Form::LibvirtNbd {
+        return Err(domain::not_for("--id", "drive, --as=blockdev and --as=libvirt"));
+    }
     let image = Image::open(&args.cache, Access::ReadOnly)?;
     image.require_trusted()?;
     if let BaseState::Changed(how) = BaseState::of(image.header(), image.path()) {
@@ -100,13 +127,17 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<u8> {
     match args.form {
         Form::Drive => writeln!(out, "{}", disk.drive(id))?,
         Form::Blockdev => writeln!(out, "{}", disk.blockdev(id.unwrap_or(DEFAULT_ID)))?,
-        Form::Libvirt => write!(out, "{}", disk.libvirt(id.unwrap_or(DEFAULT_ID)))?,
+        Form::Libvirt => {
+            write!(out, "{}", args.domain.with_wrapper(&disk, id.unwrap_or(DEFAULT_ID))?)?;
+        }
+        Form::LibvirtNbd => write!(out, "{}", args.domain.with_export(&disk)?)?,
     }
     Ok(0)
 }
 
 impl Disk {
-    fn drive(&self, id: Option<&str>) -> String {
+    /// The value of a `-drive`.
+    pub fn drive(&self, id: Option<&str>) -> String {
         let interface = id.map_or("if=virtio".into(), |id| format!("if=none,id={id}"));
         let cache = doubled_commas(&self.cache);
         match &self.overlay {
@@ -135,21 +166,6 @@ impl Disk {
                 "file": file(&self.cache),
             }),
         }
-    }
-
-    fn libvirt(&self, id: &str) -> String {
-        // A PCI slot that libvirt, which fills them from below, does not come to.
-        let arguments = [
-            "-drive".to_owned(),
-            self.drive(Some(id)),
-            "-device".to_owned(),
-            format!("virtio-blk-pci,drive={id},addr=0x10"),
-        ];
-        let lines = arguments
-            .iter()
-            .map(|argument| format!("  <qemu:arg value='{}'/>\n", xml_escaped(argument)))
-            .collect::<String>();
-        format!("<qemu:commandline xmlns:qemu='{LIBVIRT_NAMESPACE}'>\n{lines}</qemu:commandline>\n")
     }
 }
 
@@ -213,7 +229,7 @@ fn backing_name(path: &Path) -> Option<String> {
 }
 
 /// A name that means the same wherever QEMU is started.
-fn absolute(path: &Path) -> Result<String> {
+pub fn absolute(path: &Path) -> Result<String> {
     let path = std::path::absolute(path)
         .with_context(|| format!("could not find out where '{}' is", path.display()))?;
     let shown = path.display().to_string();
@@ -234,19 +250,7 @@ fn parse_id(text: &str) -> Result<String, String> {
     }
 }
 
-fn doubled_commas(name: &str) -> String {
+/// As QEMU's option syntax wants it.
+pub fn doubled_commas(name: &str) -> String {
     name.replace(',', ",,")
-}
-
-fn xml_escaped(text: &str) -> String {
-    text.chars()
-        .map(|c| match c {
-            '&' => "&amp;".into(),
-            '<' => "&lt;".into(),
-            '>' => "&gt;".into(),
-            '\'' => "&apos;".into(),
-            '"' => "&quot;".into(),
-            c => String::from(c),
-        })
-        .collect()
 }

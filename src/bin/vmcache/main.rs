@@ -8,6 +8,7 @@ mod base;
 mod check;
 mod completions;
 mod create;
+mod domain;
 mod drive;
 mod exec;
 mod info;
