@@ -34,6 +34,7 @@ readonly -A DEPS_PACKAGES=(
     [trace]="strace"
     [bench]="python3-matplotlib python3-tqdm nbdkit"
     [lint]="shellcheck"
+    [deb]="debhelper dpkg-dev"
 )
 
 # deps_groups                prints the names of all groups, one a line
