@@ -16,6 +16,7 @@ import time
 
 import bench_lab
 from bench_replay import Cell
+from bench_report import QUEUE_DEPTH
 
 # How long a machine is left alone before it is looked at: longer than a checkpoint takes to come.
 IDLE_SECONDS = 3
@@ -165,6 +166,6 @@ def queue(lab, settings):
 
         yield [
             Cell(f"{options}, depth {depth}", 1, lambda point=(options, depth): read(*point))
-            for depth in (1, 64)
+            for depth in (1, QUEUE_DEPTH, 64)
             for options in QUEUES
         ]

@@ -15,6 +15,8 @@ MIB = 1 << 20
 # What `reads` tells apart (bench_reads.py), and two of its kinds.
 FIRST, REPEATED, EMPTY = "first reads", "repeated reads", "page cache empty"
 FLOOR, DIRECT = "preadv2 alone", "raw native O_DIRECT"
+# How many reads of `queue` are under way where it is judged.
+QUEUE_DEPTH = 4
 # 4 KiB at random: the depth, the other, how many times its reads in a second.
 WARM_TARGETS = (
     (1, "raw threads", 8),
@@ -359,19 +361,22 @@ def opening(rows):
 
 
 def queue(rows):
-    rows = [row for row in rows if row["experiment"] == "queue" and row["depth"] == 1]
+    rows = [row for row in rows if row["experiment"] == "queue" and row["depth"] == QUEUE_DEPTH]
     without, full = (
         [row["peak-bytes"] for row in rows if row["competitor"].endswith(end) and bool(row["dropped-bytes"]) == dropped]
         for end, dropped in (("off", False), ("on", True))
     )
-    text = "populate queue, full: the most memory more than with populate=off, 4 MiB of it for the read under way"
     if not without:
         return []
+    # A read under way has a buffer, and one that it is copied from.
+    under_way = 2 * QUEUE_DEPTH * rows[0]["block-bytes"]
+    needed = f"<= 64 + {under_way / MIB:.0f} MiB"
+    text = f"populate queue, full, and {QUEUE_DEPTH} reads under way: the most memory more than with populate=off"
     if not full:
         # It was never full, so its bound was not met either.
-        return [{"target": text, "needed": "<= 68 MiB", "measured": "-", "verdict": "not measured here"}]
+        return [{"target": text, "needed": needed, "measured": "-", "verdict": "not measured here"}]
     more = max(full) - statistics.median(without)
-    return [target(text, "<= 68 MiB", f"{more / MIB:.1f} MiB", more <= 68 * MIB, bytes=more)]
+    return [target(text, needed, f"{more / MIB:.1f} MiB", more <= 64 * MIB + under_way, bytes=more)]
 
 
 def targets(rows):

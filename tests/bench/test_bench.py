@@ -60,6 +60,17 @@ def replay_row(kind, nodes, seconds, moved=0):
     }
 
 
+def queue_row(populate, peak, dropped=0):
+    return {
+        "experiment": "queue",
+        "competitor": f"vmcache populate={populate}",
+        "depth": bench_report.QUEUE_DEPTH,
+        "block-bytes": 2 << 20,
+        "peak-bytes": peak << 20,
+        "dropped-bytes": dropped,
+    }
+
+
 def verdicts(rows):
     return {target["target"]: target["verdict"] for target in bench_report.targets(rows)}
 
@@ -160,11 +171,12 @@ class Targets(unittest.TestCase):
         rows.append(replay_row("plain NFS", 64, 1.0, 1000))
         self.assertEqual(list(verdicts(rows).values()), ["NOT MET"])
 
+    def test_a_queue_is_judged_where_it_was_full(self):
+        rows = [queue_row("off", 10), queue_row("on", 500), queue_row("on", 80, dropped=1)]
+        self.assertEqual(list(verdicts(rows).values()), ["met"])
+
     def test_a_queue_that_was_never_full_is_not_judged(self):
-        rows = [
-            {"experiment": "queue", "competitor": f"vmcache populate={on}", "depth": 1, "peak-bytes": 1, "dropped-bytes": 0}
-            for on in ("on", "off")
-        ]
+        rows = [queue_row("off", 10), queue_row("on", 20)]
         self.assertEqual(list(verdicts(rows).values()), ["not measured here"])
 
     def test_what_was_not_measured_has_no_target(self):
