@@ -70,7 +70,6 @@ QUICK = {
     "sizes-rounds": 1,
     "quotas": [16, 48, 0],
     "bases": [1, 2],
-    "most-copy-on-read-bases": 2,
     "bases-nodes": 2,
     "guests": [1],
     "guests-rounds": 1,
@@ -105,8 +104,6 @@ FULL = {
     "sizes-rounds": 1,
     "quotas": [8, 16, 32, 48, 64, 72, 96, 0],
     "bases": [1, 64],
-    # The disk makes all first starts the same; it takes minutes.
-    "most-copy-on-read-bases": 1,
     "bases-nodes": 64,
     "guests": [1, 2, 4],
     "guests-rounds": 1,

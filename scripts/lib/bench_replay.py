@@ -156,15 +156,12 @@ def bases(lab, settings):
                 yield {**row, "competitor": title, "bases": number, "disk-milliseconds": DISK_MILLISECONDS}
 
     def one_cell(one, number, count):
-        seconds = 5 + max(guess(lab, shaped, count, count), number * len(lab.reads) * (DISK_MILLISECONDS + 0.2) / 1000)
+        seconds = 5 + guess(lab, shaped, count, 0 if isinstance(one, Local) else count)
+        if not isinstance(one, (Local, Chained)):
+            seconds = max(seconds, number * len(lab.reads) * (DISK_MILLISECONDS + 0.3) / 1000)
         text = f"{one.title}, {number} bases on a slow disk, {count} nodes"
         return Cell(text, seconds, lambda: crossing(one, number, count), rounds=1)
 
     count = settings["bases-nodes"]
-    cells = []
-    for number in settings["bases"]:
-        everybody = [Local(), Plain(), Vmcache(), Chained()]
-        if number <= settings["most-copy-on-read-bases"]:
-            everybody.append(CopyOnRead(128 << 10, extended=True))
-        cells += [one_cell(one, number, count) for one in everybody]
-    yield cells
+    everybody = (Local(), Plain(), CopyOnRead(128 << 10, extended=True), Vmcache(), Chained())
+    yield [one_cell(one, number, count) for number in settings["bases"] for one in everybody]

@@ -95,7 +95,8 @@ CACHED = ("image MB", "image-bytes", megabytes)
 # columns, the first with its spread.
 TABLES = {
     "nodes": (
-        "One base, one machine on each node, a cache for each node",
+        "One base, one machine on each node, a cache for each node; chained: empty caches behind a warm one\n"
+        "that the storage node publishes in its memory (a qcow2 in a tmpfs, over NFS)",
         [("network", "{} link"), ("boot-seconds", "{:g} s of think time")],
         [("nodes", "nodes", str), ("competitor", "", str)],
         REPLAY,
