@@ -206,7 +206,7 @@ fn values(counters: &Counters) -> [u64; COUNTERS.len()] {
 }
 
 /// The live state of an image, if there is a current one.
-fn open_live(image: &Image) -> Result<Option<LiveFile>> {
+pub(super) fn open_live(image: &Image) -> Result<Option<LiveFile>> {
     let identity = join::identity(image, &Surroundings::default())?;
     let live = match join::find_live(image, &identity, false) {
         Err(err) if err.kind() == ErrorKind::Foreign => {

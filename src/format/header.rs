@@ -10,6 +10,7 @@ use super::extension::{
     Reader,
 };
 use super::layout::REFCOUNT_ORDER;
+use super::published::PUBLISHED_EXTENSION;
 use super::{BaseIdentity, CacheExtension, Geometry, HostOffset, Layout};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -18,6 +19,7 @@ pub const HEADER_MAX: usize = 16 << 10;
 
 const MAGIC: u32 = 0x5146_49fb;
 const HEADER_LENGTH: u32 = 112;
+const HEADER_LENGTH_AT: usize = 100;
 const INCOMPATIBLE_DIRTY: u64 = 1;
 const INCOMPATIBLE_CORRUPT: u64 = 2;
 const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
@@ -59,19 +61,7 @@ impl Header {
         backing_format: &str,
         cache: CacheExtension,
     ) -> Result<Self> {
-        let invalid = |what: String| Err(Error::new(ErrorKind::Invalid, what));
-        if backing_file.is_empty() {
-            return invalid("the name of the base is empty".into());
-        }
-        if backing_file.len() > BACKING_FILE_MAX {
-            return invalid(format!(
-                "the name of the base has {} bytes; qcow2 allows {BACKING_FILE_MAX}",
-                backing_file.len()
-            ));
-        }
-        if backing_format.is_empty() || backing_format.len() > 15 {
-            return invalid(format!("'{backing_format}' is not a QEMU format name"));
-        }
+        check_base_name(backing_file, backing_format)?;
         Ok(Header {
             geometry,
             backing_file: backing_file.to_owned(),
@@ -103,36 +93,14 @@ impl Header {
         let mut tail = Vec::new();
         // Ours comes first, so that its place does not depend on any name.
         push_extension(&mut tail, CACHE_EXTENSION, &self.cache.encode());
-        push_extension(&mut tail, EXTENSION_BACKING_FORMAT, self.backing_format.as_bytes());
-        let mut names = feature_name(FEATURE_INCOMPATIBLE, 4, "extended L2 entries");
-        names.extend(feature_name(FEATURE_AUTOCLEAR, AUTOCLEAR_VMCACHE_BIT, "vmcache"));
-        push_extension(&mut tail, EXTENSION_FEATURE_NAMES, &names);
-        push_extension(&mut tail, EXTENSION_END, &[]);
-        let backing_at = u64::from(HEADER_LENGTH) + tail.len() as u64;
-
-        let mut bytes = Vec::with_capacity(backing_at as usize + self.backing_file.len());
-        bytes.extend(MAGIC.to_be_bytes());
-        bytes.extend(3u32.to_be_bytes());
-        bytes.extend(backing_at.to_be_bytes());
-        bytes.extend((self.backing_file.len() as u32).to_be_bytes());
-        bytes.extend(self.geometry.cluster_bits().to_be_bytes());
-        bytes.extend(self.geometry.virtual_size().to_be_bytes());
-        bytes.extend(0u32.to_be_bytes()); // no encryption
-        bytes.extend((self.geometry.l2_tables() as u32).to_be_bytes());
-        bytes.extend(layout.offset(layout.l1_table).0.to_be_bytes());
-        bytes.extend(layout.refcount_table_offset().0.to_be_bytes());
-        bytes.extend((layout.refcount_table_clusters as u32).to_be_bytes());
-        bytes.extend(0u32.to_be_bytes()); // no snapshots
-        bytes.extend(0u64.to_be_bytes());
-        bytes.extend(INCOMPATIBLE_EXTENDED_L2.to_be_bytes());
-        bytes.extend(0u64.to_be_bytes()); // no compatible features
+        let tables = Tables {
+            l1: layout.offset(layout.l1_table),
+            refcounts: layout.refcount_table_offset(),
+            refcount_clusters: layout.refcount_table_clusters,
+        };
+        let base = (self.backing_file.as_str(), self.backing_format.as_str());
         let autoclear = u64::from(self.trusted) << AUTOCLEAR_VMCACHE_BIT;
-        bytes.extend(autoclear.to_be_bytes());
-        bytes.extend(REFCOUNT_ORDER.to_be_bytes());
-        bytes.extend(HEADER_LENGTH.to_be_bytes());
-        bytes.extend([0; 8]); // compression type: deflate, unused
-        bytes.extend(tail);
-        bytes.extend(self.backing_file.as_bytes());
+        let mut bytes = encode(&self.geometry, &tables, base, autoclear, tail);
         seal(&mut bytes, self.cache_at);
         bytes
     }
@@ -224,6 +192,82 @@ impl Header {
         }
         Ok(Header { geometry, backing_file, backing_format, cache, trusted, cache_at })
     }
+}
+
+/// Checks the name of a base and of its format against what qcow2 can hold.
+pub(super) fn check_base_name(backing_file: &str, backing_format: &str) -> Result<()> {
+    let invalid = |what: String| Err(Error::new(ErrorKind::Invalid, what));
+    if backing_file.is_empty() {
+        return invalid("the name of the base is empty".into());
+    }
+    if backing_file.len() > BACKING_FILE_MAX {
+        return invalid(format!(
+            "the name of the base has {} bytes; qcow2 allows {BACKING_FILE_MAX}",
+            backing_file.len()
+        ));
+    }
+    if backing_format.is_empty() || backing_format.len() > 15 {
+        return invalid(format!("'{backing_format}' is not a QEMU format name"));
+    }
+    Ok(())
+}
+
+/// Where the tables are that a header points at.
+pub(super) struct Tables {
+    pub l1: HostOffset,
+    pub refcounts: HostOffset,
+    pub refcount_clusters: u64,
+}
+
+/// The header of a qcow2 file with extended L2 entries, with some extensions of ours in front of
+/// those that every one has. `base`: the backing file's name and format.
+pub(super) fn encode(
+    geometry: &Geometry,
+    tables: &Tables,
+    base: (&str, &str),
+    autoclear: u64,
+    extensions: Vec<u8>,
+) -> Vec<u8> {
+    let mut tail = extensions;
+    push_extension(&mut tail, EXTENSION_BACKING_FORMAT, base.1.as_bytes());
+    let mut names = feature_name(FEATURE_INCOMPATIBLE, 4, "extended L2 entries");
+    names.extend(feature_name(FEATURE_AUTOCLEAR, AUTOCLEAR_VMCACHE_BIT, "vmcache"));
+    push_extension(&mut tail, EXTENSION_FEATURE_NAMES, &names);
+    push_extension(&mut tail, EXTENSION_END, &[]);
+    let backing_at = u64::from(HEADER_LENGTH) + tail.len() as u64;
+
+    let mut bytes = Vec::with_capacity(backing_at as usize + base.0.len());
+    bytes.extend(MAGIC.to_be_bytes());
+    bytes.extend(3u32.to_be_bytes());
+    bytes.extend(backing_at.to_be_bytes());
+    bytes.extend((base.0.len() as u32).to_be_bytes());
+    bytes.extend(geometry.cluster_bits().to_be_bytes());
+    bytes.extend(geometry.virtual_size().to_be_bytes());
+    bytes.extend(0u32.to_be_bytes()); // no encryption
+    bytes.extend((geometry.l2_tables() as u32).to_be_bytes());
+    bytes.extend(tables.l1.0.to_be_bytes());
+    bytes.extend(tables.refcounts.0.to_be_bytes());
+    bytes.extend((tables.refcount_clusters as u32).to_be_bytes());
+    bytes.extend(0u32.to_be_bytes()); // no snapshots
+    bytes.extend(0u64.to_be_bytes());
+    bytes.extend(INCOMPATIBLE_EXTENDED_L2.to_be_bytes());
+    bytes.extend(0u64.to_be_bytes()); // no compatible features
+    bytes.extend(autoclear.to_be_bytes());
+    bytes.extend(REFCOUNT_ORDER.to_be_bytes());
+    bytes.extend(HEADER_LENGTH.to_be_bytes());
+    bytes.extend([0; 8]); // compression type: deflate, unused
+    bytes.extend(tail);
+    bytes.extend(base.0.as_bytes());
+    bytes
+}
+
+/// Whether a file is a published image ([`super::Published`]), by its first [`HEADER_MAX`] bytes.
+pub fn is_published(bytes: &[u8]) -> bool {
+    let mut reader = Reader(bytes);
+    let start = [MAGIC, 3].map(|word| reader.u32().is_ok_and(|found| found == word));
+    let length = reader.bytes(HEADER_LENGTH_AT - 8).and_then(|_| reader.u32());
+    let extensions = length.and_then(|length| Extensions::read(bytes, length as usize));
+    start == [true; 2] && extensions.is_ok_and(|extensions| extensions.published)
 }
 
 /// Puts the CRC of a whole header into it.
@@ -320,11 +364,12 @@ fn backing_name(bytes: &[u8], at: u64, len: usize) -> Result<String> {
 struct Extensions {
     cache: Option<(CacheExtension, usize)>,
     backing_format: Option<String>,
+    published: bool,
 }
 
 impl Extensions {
     fn read(bytes: &[u8], header_length: usize) -> Result<Self> {
-        let mut found = Extensions { cache: None, backing_format: None };
+        let mut found = Extensions { cache: None, backing_format: None, published: false };
         let mut reader = Reader(bytes);
         reader.bytes(header_length)?;
         loop {
@@ -341,6 +386,7 @@ impl Extensions {
                     ));
                 }
                 CACHE_EXTENSION => found.cache = Some((CacheExtension::decode(data)?, at)),
+                PUBLISHED_EXTENSION => found.published = true,
                 EXTENSION_BACKING_FORMAT => {
                     let name = std::str::from_utf8(data)
                         .ok()
@@ -359,7 +405,7 @@ impl Extensions {
     }
 }
 
-fn push_extension(to: &mut Vec<u8>, kind: u32, data: &[u8]) {
+pub(super) fn push_extension(to: &mut Vec<u8>, kind: u32, data: &[u8]) {
     to.extend(kind.to_be_bytes());
     to.extend((data.len() as u32).to_be_bytes());
     to.extend(data);

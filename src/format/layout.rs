@@ -19,11 +19,11 @@ use super::geometry::{Geometry, HostOffset, SUBCLUSTERS};
 /// Bits of a refcount are 2^4 = 16, the format's default.
 pub const REFCOUNT_ORDER: u32 = 4;
 /// Bytes of a refcount.
-const REFCOUNT_BYTES: u64 = 2;
+pub(super) const REFCOUNT_BYTES: u64 = 2;
 const CHECKSUM_BYTES: u64 = Checksum::SIZE as u64;
 
 /// "Bit 63: refcount is exactly one" of an L1 entry.
-const COPIED: u64 = 1 << 63;
+pub(super) const COPIED: u64 = 1 << 63;
 
 /// The clusters of an image file by purpose, all numbers in clusters from the start of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

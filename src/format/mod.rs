@@ -2,7 +2,7 @@
 //!
 //! A cache image is a qcow2 version 3 file with extended L2 entries whose clusters stand in one
 //! fixed order ([`Layout`]), so that nothing but refcounts, L2 entries and data changes after
-//! creation. Section names in these docs are those of QEMU's `docs/interop/qcow2.txt`.
+//! creation; a [`Published`] one is a copy that never changes. Section names in these docs are those of QEMU's `docs/interop/qcow2.txt`.
 //!
 //! Used by `image`, `live` and `engine`; uses only `error`.
 
@@ -12,13 +12,15 @@ mod geometry;
 mod header;
 mod l2;
 mod layout;
+mod published;
 
 pub use checksum::Checksum;
 pub use extension::{BaseChange, BaseIdentity, CacheExtension};
 pub use geometry::{ByteRange, Geometry, GuestOffset, HostOffset, SECTOR, SUBCLUSTERS};
-pub use header::{HEADER_MAX, Header};
+pub use header::{HEADER_MAX, Header, is_published};
 pub use l2::{L2Entry, SubclusterBits};
 pub use layout::Layout;
+pub use published::Published;
 
 #[cfg(test)]
 mod tests;

@@ -1,16 +1,12 @@
-//! Creating an image: the whole file is written and synced under another name and appears under
-//! its own in one step, so that nobody ever opens half of it and an existing file is never touched.
+//! Creating an image: the whole file appears in one step, so that nobody ever opens half of it, and
+//! of several who create it at once one succeeds. An existing file is not touched.
 //!
 //! Used by the command line.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
-
-use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use std::path::Path;
 
 use super::disk::Disk;
+use super::whole::{Replace, make_whole};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BaseIdentity, CacheExtension, Geometry, HEADER_MAX, Header, Layout};
 
@@ -39,10 +35,9 @@ pub struct CreateOptions {
 /// Creates an empty cache image.
 pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let layout = Layout::new(&options.geometry);
-    let uuid = uuid::Uuid::new_v4();
     let cache = CacheExtension {
         quota: options.quota,
-        uuid: uuid.into_bytes(),
+        uuid: uuid::Uuid::new_v4().into_bytes(),
         base: options.base,
         checkpoints: 0,
     };
@@ -57,30 +52,10 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
             ));
         }
     }
-    if !options.force && path.symlink_metadata().is_ok() {
-        return Err(exists(path));
-    }
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{}.new", uuid.simple()));
-    let made_at = PathBuf::from(name);
-    let made = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(options.mode)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-        .open(&made_at)
-        // The name that the user gave tells him more than ours.
-        .map_err(|err| Error::io("create", path, &err))
-        .and_then(|file| {
-            write_tables(&Disk::new(file, None), &header, &layout)
-                .map_err(|err| Error::io("write", path, &err))
-        })
-        .and_then(|()| rename(&made_at, path, options.force));
-    if made.is_err() {
-        // Nothing to add to the error that is on its way.
-        let _ = std::fs::remove_file(&made_at);
-    }
-    made
+    let replace = if options.force { Replace::Yes } else { Replace::No };
+    make_whole(path, options.mode, replace, |disk| {
+        write_tables(disk, &header, &layout).map_err(|err| Error::io("write", path, &err))
+    })
 }
 
 /// Bytes that the tables of an empty image occupy at the most.
@@ -100,9 +75,7 @@ fn write_tables(disk: &Disk, header: &Header, layout: &Layout) -> std::io::Resul
     disk.write_all_at(&layout.encode_refcount_table(), layout.refcount_table_offset().0)?;
     let refcounts = 1u16.to_be_bytes().repeat(layout.checksums as usize);
     disk.write_all_at(&refcounts, layout.refcount_offset(0).0)?;
-    disk.write_all_at(&layout.encode_l1_table(), layout.offset(layout.l1_table).0)?;
-    // A power cut must not leave a name without its contents behind.
-    disk.sync_all()
+    disk.write_all_at(&layout.encode_l1_table(), layout.offset(layout.l1_table).0)
 }
 
 /// Gives a file the length that it can ever have, in holes. A QEMU without the library that has the
@@ -113,27 +86,4 @@ pub(super) fn set_final_length(disk: &Disk, layout: &Layout) -> std::io::Result<
         Err(err) if err.raw_os_error() == Some(libc::EFBIG) => Ok(()),
         result => result,
     }
-}
-
-fn rename(from: &Path, to: &Path, replace: bool) -> Result<()> {
-    let failed = |err: std::io::Error| Error::io("create", to, &err);
-    if replace {
-        return std::fs::rename(from, to).map_err(failed);
-    }
-    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
-        Ok(()) => Ok(()),
-        Err(Errno::EEXIST) => Err(exists(to)),
-        // Filesystems without the flag have links, or nothing that would help.
-        Err(Errno::EINVAL) => {
-            std::fs::hard_link(from, to).and_then(|()| std::fs::remove_file(from)).map_err(failed)
-        }
-        Err(errno) => Err(failed(errno.into())),
-    }
-}
-
-fn exists(path: &Path) -> Error {
-    Error::new(
-        ErrorKind::Exists,
-        format!("'{}' exists; choose another name, or --force to replace it", path.display()),
-    )
 }

@@ -455,8 +455,16 @@ fn lock_as_qemu_reader(file: &File, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether a file lies on a network or cluster filesystem, by the magic number that statfs(2) gives.
-fn is_remote(file: &impl AsFd) -> bool {
+/// Whether some program has an image file, of whatever format, open for writing: what QEMU does not
+/// allow to two.
+pub fn is_open_for_writing(path: &Path) -> Result<bool> {
+    let failed = |tried: &'static str| move |err: io::Error| Error::io(tried, path, &err);
+    let file = File::open(path).map_err(failed("open"))?;
+    is_held_against(&file, QEMU_PERM_BASE + PERM_WRITE, LockKind::Exclusive).map_err(failed("lock"))
+}
+
+/// Whether a file or directory lies on a network or cluster filesystem, by the magic number that statfs(2) gives.
+pub fn is_remote(file: &impl AsFd) -> bool {
     const REMOTE: [i64; 13] = [
         0x6969,      // NFS
         0x517b,      // SMB

@@ -31,14 +31,14 @@
 //! it (`vmcache info`, `vmcache check`), and taken back by the open that finds the base right again.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
 use super::{Access, Image};
-use crate::format::{BaseIdentity, Header, SECTOR};
+use crate::format::{self, BaseIdentity, HEADER_MAX, Header, SECTOR};
 
 /// A base that is a file this machine can look at, as opposed to a URL or a `json:` name.
 #[derive(Clone, Debug)]
@@ -73,13 +73,22 @@ impl BaseFile {
 
 fn local_identity(path: &Path) -> io::Result<Option<(i64, u32, u64)>> {
     let meta = path.metadata()?;
-    let tells = meta.is_file() && !is_cache(path);
+    let tells = meta.is_file() && !is_cache(path) && !is_published(path);
     Ok(tells.then(|| (meta.mtime(), meta.mtime_nsec() as u32, meta.ino())))
 }
 
 /// Whether a file is a cache image itself, which is written to all the time and shows the same.
 fn is_cache(path: &Path) -> bool {
     Image::open(path, Access::Header).is_ok()
+}
+
+/// Whether a file is what a cache image held when it was published, of which there may be another
+/// edition at any time that shows the same.
+fn is_published(path: &Path) -> bool {
+    let mut start = Vec::new();
+    let read =
+        File::open(path).and_then(|file| file.take(HEADER_MAX as u64).read_to_end(&mut start));
+    read.is_ok() && format::is_published(&start)
 }
 
 /// The regular files that a base in use consists of, and what they were when it was opened.
