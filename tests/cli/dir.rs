@@ -35,7 +35,8 @@ pub struct Run {
 }
 
 impl Run {
-    fn of(command: &mut Command) -> Self {
+    /// Runs a command to its end.
+    pub fn of(command: &mut Command) -> Self {
         let output = command.stdin(Stdio::null()).output().unwrap();
         let run = Run {
             code: output.status.code().unwrap_or(-1),
@@ -190,6 +191,12 @@ impl Dir {
         Run::of(self.command(arguments).env(name, value))
     }
 
+    /// Runs vmcache with the library that cargo has built.
+    pub fn vmcache_with_library(&self, arguments: &[&str]) -> Run {
+        let library = library().into_os_string().into_string().unwrap();
+        self.vmcache_with("VMCACHE_LIBRARY", &library, arguments)
+    }
+
     /// Runs vmcache as somebody without rights.
     pub fn vmcache_as_nobody(&self, arguments: &[&str]) -> Run {
         // Nobody may not be allowed to come to where it was built.
@@ -248,6 +255,15 @@ impl Dir {
         self.refuses(&["drive", name], 1, message);
         self.refuses(&["check", name], code, message);
         self.refuses(&["check", "--repair", name], code, message);
+    }
+
+    /// The names of all files in the directory, or in one in it.
+    pub fn names(&self, directory: &str) -> Vec<String> {
+        let entries = fs::read_dir(self.path(directory)).unwrap();
+        let name = |entry: fs::DirEntry| entry.file_name().into_string().unwrap();
+        let mut names: Vec<_> = entries.map(|entry| name(entry.unwrap())).collect();
+        names.sort();
+        names
     }
 
     /// All files with owner, mode, time of modification and content.

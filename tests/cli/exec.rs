@@ -6,10 +6,8 @@ use std::process::Command;
 
 use crate::dir::{CACHE, Dir, MIB, Run, copy_program, library};
 
-/// Runs `vmcache exec` with the library that cargo has built.
 fn exec(dir: &Dir, arguments: &[&str]) -> Run {
-    let library = library().into_os_string().into_string().unwrap();
-    dir.vmcache_with("VMCACHE_LIBRARY", &library, &[&["exec"], arguments].concat())
+    dir.vmcache_with_library(&[&["exec"], arguments].concat())
 }
 
 #[test]

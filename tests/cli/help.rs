@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use crate::dir::{CACHE, Dir, MIB};
 
-const COMMANDS: [&str; 7] = ["create", "info", "check", "stats", "drive", "exec", "completions"];
+const COMMANDS: [&str; 9] =
+    ["create", "info", "check", "stats", "drive", "exec", "boot", "publish", "completions"];
 
 #[test]
 fn the_version_is_the_packages() {
@@ -36,6 +37,8 @@ fn every_subcommand_explains_itself() {
     help("drive").prints("unmodified QEMU").prints("libvirt");
     help("exec").prints("LD_PRELOAD").prints("127");
     help("completions").prints("bash");
+    help("boot").prints("/var/lib/vmcache/NAME.qcow2").prints("--published");
+    help("publish").prints("DEST.old").prints("Examples:");
 }
 
 #[test]
@@ -89,10 +92,13 @@ fn manual() -> String {
 #[test]
 fn the_manual_page_has_every_key_of_the_json_forms() {
     let dir = Dir::with_cache(MIB);
+    let publish = ["publish", "--output=json", "-b", "base.raw", CACHE, "published"];
+    let published = dir.vmcache(&publish).json();
     let manual = manual();
     let keys: BTreeSet<String> = ["info", "check", "stats"]
         .map(|command| dir.vmcache(&[command, "--output=json", CACHE]).json())
         .iter()
+        .chain([&published])
         .flat_map(|json| json.as_object().unwrap().keys().cloned())
         .collect();
     assert_eq!(keys.iter().filter(|key| !manual.contains(*key)).collect::<Vec<_>>(), [""; 0]);

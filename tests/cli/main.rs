@@ -4,6 +4,7 @@
 
 mod bad_image;
 mod bad_input;
+mod boot;
 mod check;
 mod create;
 mod dir;
@@ -11,3 +12,4 @@ mod drive;
 mod exec;
 mod help;
 mod info;
+mod publish;

@@ -1,9 +1,10 @@
 //! The base that a new cache is made for: how large QEMU sees it, and what tells it from another.
 //!
 //! A raw base that is a file or a block device of this machine is looked at directly. Every other
-//! format and protocol QEMU knows better, so `qemu-img info` is asked.
+//! format and protocol QEMU knows better, so `qemu-img info` is asked. And what a base's name means:
+//! whether two names are of one base, and whether another machine can do anything with it.
 //!
-//! Used by `create`.
+//! Used by `create`, `boot` and `publish`.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -14,8 +15,12 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 use vmcache::format::SECTOR;
-use vmcache::image::BaseFile;
+use vmcache::image::{self, BaseFile};
 
+use crate::drive;
+
+/// QEMU's program for images.
+pub const QEMU_IMG: &str = "qemu-img";
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// A base as it is now.
@@ -41,16 +46,11 @@ impl Base {
         }
         let (bytes, local) = match BaseFile::resolve(name, cache) {
             Some(file) => {
-                if name.strip_prefix("file:").is_some_and(|path| !path.starts_with('/')) {
-                    bail!(
-                        "base '{name}': QEMU would look for it where it is started; leave 'file:' \
-                         away for a path from the cache image's directory, or give an absolute one"
-                    );
-                }
+                refuse_relative_url(name)?;
                 examine(file.path(), name, cache)?;
                 let bytes = match format {
                     "raw" => size_of_raw(file.path()),
-                    _ => size_by_qemu(file.path().as_os_str(), format),
+                    _ => image_info(file.path().as_os_str(), format).map(|info| info.virtual_size),
                 };
                 let bytes = bytes.with_context(|| cannot_use(file.path(), format))?;
                 let local =
@@ -58,9 +58,9 @@ impl Base {
                 (bytes, local)
             }
             None => {
-                let bytes = size_by_qemu(name.as_ref(), format)
+                let info = image_info(name.as_ref(), format)
                     .with_context(|| cannot_use(Path::new(name), format))?;
-                (bytes, None)
+                (info.virtual_size, None)
             }
         };
         if bytes == 0 {
@@ -117,32 +117,120 @@ fn size_of_raw(path: &Path) -> Result<u64> {
     Ok(file.seek(SeekFrom::End(0))?)
 }
 
+/// Refuses a name that means another file wherever QEMU is started.
+fn refuse_relative_url(name: &str) -> Result<()> {
+    if name.strip_prefix("file:").is_some_and(|path| !path.starts_with('/')) {
+        bail!(
+            "base '{name}': QEMU would look for it where it is started; leave 'file:' away for a \
+             path from the image's directory, or give an absolute one"
+        );
+    }
+    Ok(())
+}
+
+/// A base's name that means the same in every directory: a relative path starts at the current one.
+pub fn absolute_name(name: &str) -> Result<String> {
+    refuse_relative_url(name)?;
+    match BaseFile::resolve(name, Path::new("")) {
+        // QEMU makes nothing of an empty name, and its message for that is clear enough.
+        Some(file) if !name.is_empty() => drive::absolute(file.path()),
+        _ => Ok(name.to_owned()),
+    }
+}
+
+/// Whether two names are of one base: `name` in the header of the file `image`, and an absolute one.
+pub fn is_same(name: &str, image: &Path, other: &str) -> bool {
+    let path = |name: &str| BaseFile::resolve(name, image).map(|file| file.path().canonicalize());
+    match (path(name), path(other)) {
+        (Some(Ok(one)), Some(Ok(other))) => one == other,
+        _ => name == other,
+    }
+}
+
+/// Why no other machine finds the base `name` of the file `image` by that name, if that is plain.
+pub fn why_local(name: &str, image: &Path) -> Option<String> {
+    let Some(file) = BaseFile::resolve(name, image) else {
+        let (scheme, rest) = name.split_once(':')?;
+        let rest = rest.trim_start_matches('/');
+        let host = rest.split(['/', ':', '?']).next().unwrap_or_default();
+        let host = host.rsplit('@').next().unwrap_or_default();
+        let is_socket = scheme.ends_with("+unix") || rest.starts_with("unix:");
+        return if is_socket {
+            Some("a socket of this machine".into())
+        } else if host == "localhost" || host.starts_with("127.") {
+            Some(format!("'{host}' is every machine's name for itself"))
+        } else {
+            None
+        };
+    };
+    let on_this_machine = File::open(file.path()).is_ok_and(|file| !image::is_remote(&file));
+    on_this_machine
+        .then(|| format!("'{}' is on a filesystem of this machine", file.path().display()))
+}
+
 /// What is of interest in `qemu-img info --output=json`.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct ImageInfo {
-    virtual_size: u64,
+pub struct ImageInfo {
+    /// Bytes that a guest sees.
+    pub virtual_size: u64,
+    /// The backing file from the current directory, for an image that has one.
+    pub full_backing_filename: Option<String>,
+    /// The backing file as the image names it.
+    pub backing_filename: Option<String>,
 }
 
-fn size_by_qemu(name: &std::ffi::OsStr, format: &str) -> Result<u64> {
-    let done = Command::new("qemu-img")
-        .args(["info", "--output=json", "-f", format, "--"])
-        .arg(name)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|err| match err.kind() {
-            io::ErrorKind::NotFound => anyhow!(
-                "qemu-img is not installed, and only a raw base on this machine can be looked at \
-                 without it; install it (Debian: qemu-utils) or put it into PATH"
-            ),
-            _ => anyhow!("could not run qemu-img: {err}"),
-        })?;
+/// What QEMU sees in an image: a path or URL, in QEMU's format.
+pub fn image_info(name: &std::ffi::OsStr, format: &str) -> Result<ImageInfo> {
+    let arguments = ["info", "--output=json", "-f", format, "--"];
+    let said = qemu_img(Command::new(QEMU_IMG).args(arguments).arg(name))?;
+    serde_json::from_slice(&said).context("could not understand the answer of 'qemu-img info'")
+}
+
+/// Runs qemu-img and returns what it prints; what it complains of is the error.
+pub fn qemu_img(command: &mut Command) -> Result<Vec<u8>> {
+    let done = command.stdin(Stdio::null()).output().map_err(|err| match err.kind() {
+        io::ErrorKind::NotFound => anyhow!(
+            "qemu-img is not installed, and without it only a raw base on this machine can be \
+             looked at and no overlay be made; install it (Debian: qemu-utils) or put it into PATH"
+        ),
+        _ => anyhow!("could not run qemu-img: {err}"),
+    })?;
     if !done.status.success() {
         let said = String::from_utf8_lossy(&done.stderr);
         let said = said.trim();
-        bail!("{}", if said.is_empty() { "qemu-img info failed" } else { said });
+        bail!("{}", if said.is_empty() { "qemu-img failed" } else { said });
     }
-    let info: ImageInfo = serde_json::from_slice(&done.stdout)
-        .context("could not understand the answer of 'qemu-img info'")?;
-    Ok(info.virtual_size)
+    Ok(done.stdout)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_mean_nothing_to_other_machines_are_told() {
+        let why = |name| why_local(name, Path::new("/x/cache"));
+        let local = [
+            "nbd+unix:///disk?socket=/run/s",
+            "nbd:unix:/run/s",
+            "nfs://127.0.0.1/images/a.raw",
+            "nbd://localhost:10809/a",
+            "ssh://user@localhost/a.raw",
+            "/proc/self/exe",
+        ];
+        let shared = ["nfs://storage/a.raw", "https://host.example/a.raw", "rbd:pool/a", "json:{}"];
+        assert_eq!(local.map(|name| why(name).is_some()), [true; 6]);
+        assert_eq!(shared.map(why), [None, None, None, None]);
+    }
+
+    #[test]
+    fn a_name_is_absolute_or_a_url() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(absolute_name("a.raw").unwrap(), here.join("a.raw").to_str().unwrap());
+        assert_eq!(absolute_name("/x/a:b.raw").unwrap(), "/x/a:b.raw");
+        assert_eq!(absolute_name("file:/x/a.raw").unwrap(), "/x/a.raw");
+        assert_eq!(absolute_name("nfs://storage/a.raw").unwrap(), "nfs://storage/a.raw");
+        assert!(absolute_name("file:a.raw").is_err());
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use vmcache::format::Geometry;
@@ -41,44 +41,64 @@ pub struct Args {
     /// QEMU's name of the base's format: raw, qcow2, ...
     #[arg(short = 'F', value_name = "FMT")]
     format: String,
-    /// quota=SIZE: what the image file may occupy, metadata included (default: no limit).
-    /// cluster_size=SIZE: a power of two from 16K to 2M (default: 128K); a 32nd of it is the least
-    /// that is fetched and stored. SIZE is 200M, 1.5G, ...; -o can be given again
-    #[arg(short = 'o', value_name = "NAME=VALUE,...")]
-    options: Vec<String>,
+    #[command(flatten)]
+    new: NewCache,
     /// Replace CACHE where it exists. Machines that use the old one keep it until they end
     #[arg(short, long)]
     force: bool,
     /// Say nothing where all is well
     #[arg(short, long)]
     quiet: bool,
-    /// Permission bits of the image file, less what umask takes away. All who may write it may add
-    /// to the cache and are trusted with what others read from it
-    #[arg(long, value_name = "OCTAL", default_value = "0600", value_parser = parse_mode)]
-    mode: u32,
     /// The cache image to make
     #[arg(value_name = "CACHE")]
     cache: PathBuf,
 }
 
+/// What a cache image is made with, for whoever makes one.
+#[derive(Debug, clap::Args)]
+pub struct NewCache {
+    /// quota=SIZE: what the cache image may occupy, metadata included (default: no limit).
+    /// cluster_size=SIZE: a power of two from 16K to 2M (default: 128K); a 32nd of it is the least
+    /// that is fetched and stored. SIZE is 200M, 1.5G, ...; -o can be given again
+    #[arg(short = 'o', value_name = "NAME=VALUE,...")]
+    options: Vec<String>,
+    /// Permission bits of the cache image, less what umask takes away. All who may write it may
+    /// add to the cache and are trusted with what others read from it
+    #[arg(long, value_name = "OCTAL", default_value = "0600", value_parser = parse_mode)]
+    mode: u32,
+}
+
+impl NewCache {
+    /// What `-o` says.
+    pub fn options(&self) -> Result<Options> {
+        Options::parse(&self.options)
+    }
+
+    /// Makes a cache image for a base, which is looked at; returns the base's size.
+    pub fn make(&self, cache: &Path, base: &str, format: &str, force: bool) -> Result<u64> {
+        let options = self.options()?;
+        let found = Base::probe(base, format, cache)?;
+        image::create(
+            cache,
+            &CreateOptions {
+                backing_file: base.to_owned(),
+                backing_format: format.to_owned(),
+                geometry: Geometry::with_cluster_size(options.cluster_size, found.size)?,
+                quota: options.quota,
+                base: found.local.into(),
+                mode: self.mode,
+                force,
+            },
+        )?;
+        Ok(found.size)
+    }
+}
+
 /// Makes the image.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<u8> {
-    let options = Options::parse(&args.options)?;
+    let options = args.new.options()?;
     examine_target(args)?;
-    let base = Base::probe(&args.base, &args.format, &args.cache)?;
-    let geometry = Geometry::with_cluster_size(options.cluster_size, base.size)?;
-    image::create(
-        &args.cache,
-        &CreateOptions {
-            backing_file: args.base.clone(),
-            backing_format: args.format.clone(),
-            geometry,
-            quota: options.quota,
-            base: base.local.into(),
-            mode: args.mode,
-            force: args.force,
-        },
-    )?;
+    let size = args.new.make(&args.cache, &args.base, &args.format, args.force)?;
     warn_if_remote(args);
     if !args.quiet {
         writeln!(
@@ -87,7 +107,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<u8> {
             args.cache.display(),
             printable(&args.base),
             args.format,
-            size::human(base.size),
+            size::human(size),
             size::human(options.cluster_size),
             options
                 .quota
@@ -131,7 +151,8 @@ fn warn_if_remote(args: &Args) {
     }
 }
 
-fn parse_mode(text: &str) -> Result<u32, String> {
+/// Reads permission bits.
+pub fn parse_mode(text: &str) -> Result<u32, String> {
     u32::from_str_radix(text, 8)
         .ok()
         .filter(|mode| *mode <= 0o777)

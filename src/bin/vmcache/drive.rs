@@ -94,11 +94,11 @@ enum Form {
     LibvirtNbd,
 }
 
-/// The files of a disk.
+/// The files of a disk, by absolute paths.
 pub struct Disk {
     /// The cache image.
     pub cache: String,
-    /// The machine's own.
+    /// The machine's own file.
     pub overlay: Option<String>,
 }
 
@@ -170,7 +170,7 @@ impl Disk {
 }
 
 /// Says what is wrong with an overlay as far as a look at its header shows.
-fn examine_overlay(overlay: &Path, cache: &Image) -> Result<()> {
+pub fn examine_overlay(overlay: &Path, cache: &Image) -> Result<()> {
     let shown = overlay.display();
     let Ok(file) = overlay.canonicalize() else {
         let header = cache.header();
@@ -211,7 +211,7 @@ fn examine_overlay(overlay: &Path, cache: &Image) -> Result<()> {
 }
 
 /// The backing file name in the header of a qcow2 file, if it is one and can be read.
-fn backing_name(path: &Path) -> Option<String> {
+pub fn backing_name(path: &Path) -> Option<String> {
     let file = File::open(path).ok()?;
     let mut start = [0; 20];
     file.read_exact_at(&mut start, 0).ok()?;
@@ -238,7 +238,8 @@ pub fn absolute(path: &Path) -> Result<String> {
     })
 }
 
-fn parse_id(text: &str) -> Result<String, String> {
+/// Reads the identifier of a drive or node.
+pub fn parse_id(text: &str) -> Result<String, String> {
     // QEMU's id_wellformed() in util/id.c, and its limit on node names.
     let rest = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
     let starts_well = text.starts_with(|c: char| c.is_ascii_alphabetic());

@@ -19,7 +19,7 @@ use crate::output::Failure;
 /// Exit codes of env(1), which a caller knows how to read.
 pub const FAILED: u8 = 125;
 const NOT_RUN: u8 = 126;
-const NOT_FOUND: u8 = 127;
+pub const NOT_FOUND: u8 = 127;
 
 const LIBRARY_VARIABLE: &str = "VMCACHE_LIBRARY";
 /// What is installed has its soname; a build has only the other.
@@ -88,13 +88,22 @@ pub fn run(args: &Args) -> Result<u8> {
     let Some((program, arguments)) = args.command.split_first() else {
         return Err(failure(FAILED, "there is no program to run".into()));
     };
-    let library = find_library()?;
-    let err = Command::new(program)
-        .args(arguments)
-        .env(PRELOAD, preload(&library, env::var_os(PRELOAD)))
-        .exec();
+    Err(replace_by(command(program, arguments)?))
+}
+
+/// A program with the library loaded.
+pub fn command(program: &OsStr, arguments: &[OsString]) -> Result<Command> {
+    let mut command = Command::new(program);
+    command.args(arguments).env(PRELOAD, preload(&find_library()?, env::var_os(PRELOAD)));
+    Ok(command)
+}
+
+/// Becomes a program; returns why that did not work.
+pub fn replace_by(mut command: Command) -> anyhow::Error {
+    let err = command.exec();
     let code = if err.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_RUN };
-    Err(failure(code, format!("could not run '{}': {err}", program.display())))
+    let program = command.get_program().display();
+    failure(code, format!("could not run '{program}': {err}"))
 }
 
 fn failure(code: u8, message: String) -> anyhow::Error {

@@ -5,6 +5,7 @@
 //! returns an exit code. Errors go to standard error through [`main`] alone.
 
 mod base;
+mod boot;
 mod check;
 mod completions;
 mod create;
@@ -14,7 +15,9 @@ mod exec;
 mod info;
 mod options;
 mod output;
+mod places;
 mod progress;
+mod publish;
 mod stats;
 
 use std::io::{self, Write};
@@ -47,6 +50,9 @@ Shortest path, with an unmodified QEMU:
   vmcache exec qemu-system-x86_64 -m 1G \\
       -drive \"$(vmcache drive --overlay vm1.qcow2 debian12.cache)\"
 
+The same in one command, which makes cache and overlay where they are not there:
+  vmcache boot -b nfs://storage/images/debian12.raw -F raw vm1 -- -m 1G
+
 The overlay's header names the base, never the cache. While machines run:
   vmcache stats debian12.cache
   vmcache info debian12.cache
@@ -56,12 +62,12 @@ Exit status:
   1  failed; for check: could not check
   2  command line not understood; for check: the image is damaged, or stale
   3  for check: leaked clusters, no other damage
-  exec: the program's own; 125 no driver library, 126 could not run it,
+  exec, boot: the program's own; 125 no driver library, 126 could not run it,
   127 not found
 
 Environment:
   VMCACHE_LOG      what to log, in env_logger's syntax (default: warn)
-  VMCACHE_LIBRARY  the driver library that 'vmcache exec' loads";
+  VMCACHE_LIBRARY  the driver library that 'vmcache exec' and 'boot' load";
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -90,6 +96,8 @@ enum Command {
     Drive(drive::Args),
     Exec(exec::Args),
     Completions(completions::Args),
+    Boot(boot::Args),
+    Publish(publish::Args),
 }
 
 impl Command {
@@ -102,6 +110,8 @@ impl Command {
             Command::Drive(args) => drive::run(args, out),
             Command::Exec(args) => exec::run(args),
             Command::Completions(args) => completions::run(args, Cli::command(), out),
+            Command::Boot(args) => boot::run(args, out),
+            Command::Publish(args) => publish::run(args, out),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The `-o name=value,...` of `vmcache create`, which may be given several times.
+//! The `-o name=value,...` of `vmcache create` and `boot`, which may be given several times.
 //!
 //! Used by `create`.
 

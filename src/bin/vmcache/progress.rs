@@ -1,7 +1,7 @@
 //! Progress of what can take long, on standard error: a bar where that is a terminal, a line for
 //! every tenth where it is not and the user asked with `-p`.
 //!
-//! Used by `check`.
+//! Used by `check` and `publish`.
 
 use std::io::{IsTerminal, Write};
 
