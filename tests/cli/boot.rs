@@ -294,37 +294,49 @@ fn a_stale_cache_is_used_no_more_and_named() {
 }
 
 /// A node whose cache was published, and whose base has other bytes since: who reads the old ones has
-/// them from what was published.
+/// them from what was published. Its machine is a QEMU without a guest.
 fn published() -> Dir {
     let dir = node();
     boot(&dir, &["vm1"]).exits(0);
     dir.vmcache(&["publish", "-b", &dir.text("base.raw"), &cache(&dir), "published"]).exits(0);
     fs::remove_dir_all(dir.path("caches")).unwrap();
     dir.write("base.raw", &vec![0x55; 2 * MIB as usize]);
+    let machine = "#!/bin/sh\nprintf 'qemu-io d0 \"%s\"\\nquit\\n' \"$DO\" | exec qemu-system-x86_64 \
+                   -M none -display none -monitor stdio \"$@\"\n";
+    dir.write("machine", machine.as_bytes());
     dir
+}
+
+/// Boots that machine; its disk holds `pattern` from its start on.
+fn holds(dir: &Dir, pattern: &str, options: &[&str]) -> Run {
+    let todo = format!("read -P {pattern} 0 1M");
+    let run = boot_and(dir, &todo, &[&["--id", "d0"], options].concat());
+    let run = run.exits(0).prints("read 1048576/1048576 bytes");
+    assert!(!run.stdout.contains("verification failed"), "{run:?}");
+    run
 }
 
 #[test]
 fn what_was_published_is_read_before_the_base() {
     let dir = published();
-    boot(&dir, &["--published", "published", "vm1"]).exits(0).complains("before the base");
+    holds(&dir, "0x11", &["--published", "published", "vm1"]).complains("before the base");
 }
 
 #[test]
 fn without_what_was_published_the_base_is_read() {
     let dir = published();
-    boot_and(&dir, "read -P 0x55 0 1M", &["--published", "nothing", "vm1"])
-        .exits(0)
-        .complains("nothing' is not used: ");
+    let options = ["--published", "nothing", "vm1"];
+    holds(&dir, "0x55", &options).complains("nothing' is not used: ");
 }
 
 #[test]
 fn what_was_published_of_another_base_is_not_read() {
     let dir = published();
     fs::rename(dir.path("base.raw"), dir.path("other.raw")).unwrap();
-    let options = ["boot", "-b", "other.raw", "-F", "raw", "--published", "published"];
+    let options = ["-b", "other.raw", "-F", "raw", "--published", "published", "--id", "d0"];
     let places = ["--cache", "caches/", "--overlay", "vm2.qcow2", "--qemu", "./machine", "vm2"];
-    Run::of(&mut machine(&dir, "read -P 0x55 0 1M", &[&options[..], &places].concat()))
-        .exits(0)
-        .complains(&format!("is not used: it is of '{}'", dir.text("base.raw")));
+    let arguments = [&["boot"], &options[..], &places].concat();
+    let run = Run::of(&mut machine(&dir, "read -P 0x55 0 1M", &arguments)).exits(0);
+    assert!(!run.stdout.contains("verification failed"), "{run:?}");
+    run.complains(&format!("is not used: it is of '{}'", dir.text("base.raw")));
 }

@@ -35,6 +35,7 @@ mod lab;
 mod locks;
 mod mounts;
 mod nbd;
+mod node;
 mod options;
 mod process;
 mod quota;

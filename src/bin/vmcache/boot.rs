@@ -19,6 +19,7 @@ use crate::base::{self, QEMU_IMG};
 use crate::create::NewCache;
 use crate::drive::{self, Disk};
 use crate::output::{Failure, printable, shell_quoted};
+use crate::published::Published;
 use crate::{exec, places, size};
 
 const LONG_ABOUT: &str = "\
@@ -116,9 +117,9 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<u8> {
     })?;
     let overlay =
         place(args.overlay.as_deref(), places::overlays, || format!("{}.qcow2", args.name))?;
-    let published = args.published.as_deref().map(base::absolute_name).transpose()?;
+    let published = args.published.as_deref().map(Published::new).transpose()?;
     if args.dry_run {
-        let command = command(args, &cache, &overlay, published.as_deref())?;
+        let command = command(args, &cache, &overlay, published.as_ref())?;
         writeln!(out, "{}", in_words(&command))?;
         return Ok(0);
     }
@@ -127,7 +128,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<u8> {
     let virtual_size = image.geometry().virtual_size();
     drop(image);
     let published = published.filter(|published| is_of_use(args, published, &source, virtual_size));
-    let err = exec::replace_by(command(args, &cache, &overlay, published.as_deref())?);
+    let err = exec::replace_by(command(args, &cache, &overlay, published.as_ref())?);
     let is_missing = |failure: &Failure| failure.code == exec::NOT_FOUND;
     match err.downcast_ref().is_some_and(is_missing) {
         true => Err(err.context("QEMU is not installed, or its name is another one (--qemu)")),
@@ -279,47 +280,35 @@ fn make_overlay(source: &Source<'_>, path: &Path, cache: &Image) -> Result<bool>
 }
 
 /// Whether a published image can stand between the cache and the base; says why not.
-fn is_of_use(args: &Args, published: &str, source: &Source<'_>, virtual_size: u64) -> bool {
-    match examine_published(published, source, virtual_size) {
+fn is_of_use(args: &Args, published: &Published, source: &Source<'_>, virtual_size: u64) -> bool {
+    let name = published.shown();
+    match published.examine(&source.name, virtual_size) {
         Ok(()) => {
-            args.say(&format!("reading '{}' before the base", printable(published)));
+            args.say(&format!("reading '{name}' before the base"));
             true
         }
         Err(err) => {
-            log::warn!("'{}' is not used: {err:#}", printable(published));
+            log::warn!("'{name}' is not used: {err:#}");
             false
         }
     }
 }
 
-fn examine_published(published: &str, source: &Source<'_>, virtual_size: u64) -> Result<()> {
-    let info = base::image_info(published.as_ref(), "qcow2")?;
-    let names = [&info.full_backing_filename, &info.backing_filename];
-    let is_same = |name: &String| base::is_same(name, Path::new("/"), &source.name);
-    if !names.into_iter().flatten().any(is_same) {
-        let of = info.backing_filename.unwrap_or_else(|| "no base".into());
-        return Err(anyhow!(
-            "it is of '{}', not of '{}'; if both are names of one base, publish it with -b",
-            printable(&of),
-            printable(&source.name)
-        ));
-    }
-    if info.virtual_size != virtual_size {
-        let found = info.virtual_size;
-        return Err(anyhow!("it has {found} bytes where the base had {virtual_size}"));
-    }
-    Ok(())
-}
-
 /// QEMU with the library, the disk and the user's arguments.
-fn command(args: &Args, cache: &Path, overlay: &Path, published: Option<&str>) -> Result<Command> {
+fn command(
+    args: &Args,
+    cache: &Path,
+    overlay: &Path,
+    published: Option<&Published>,
+) -> Result<Command> {
     let disk = Disk { cache: drive::absolute(cache)?, overlay: Some(drive::absolute(overlay)?) };
     let mut drive = disk.drive(args.id.as_deref());
+    let mut ours = vec!["-name".into(), format!("guest={}", args.name)];
     if let Some(published) = published {
-        drive.push_str(",backing.backing.driver=qcow2,backing.backing.file.filename=");
-        drive.push_str(&drive::doubled_commas(published));
+        ours.extend(["-drive".into(), published.drive()]);
+        drive.push_str(&Published::option());
     }
-    let ours = ["-name".into(), format!("guest={}", args.name), "-drive".into(), drive];
+    ours.extend(["-drive".into(), drive]);
     let arguments: Vec<_> =
         ours.into_iter().map(OsString::from).chain(args.arguments.iter().cloned()).collect();
     exec::command(&args.qemu, &arguments)

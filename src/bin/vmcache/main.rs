@@ -18,6 +18,7 @@ mod output;
 mod places;
 mod progress;
 mod publish;
+mod published;
 mod stats;
 
 use std::io::{self, Write};
