@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # boot.sh - boots the base image's guest once, in any QEMU, and times it.
 #
-# Used by: lab.sh, record-boot, and test for boots of other kinds (full disk, quota, ...).
+# Used by: lab.sh, boot-node, record-boot, and test for boots of other kinds (full disk, quota, ...).
 # Promises: when boot_guest returns, QEMU has ended. Success means that the guest
 # reached multi-user and powered off by itself. The machine is the same each
 # time; only the disk differs.
@@ -26,9 +26,10 @@ readonly BOOT_MACHINE=(
 readonly BOOT_TRACE_EVENTS=trace:bdrv_open_common,trace:bdrv_co_preadv_part
 
 # boot_guest DIRECTORY LIMIT ARRAY DRIVE   boots with `-drive DRIVE`, which must
-#   say if=none,id=disk0. ARRAY names an array: the words that start
-#   qemu-system-x86_64, with what comes before (netns_prefix, chroot_prefix,
-#   `vmcache exec`, `env LD_PRELOAD=...`). LIMIT: seconds it may take to come up.
+#   say if=none,id=disk0; empty where the words in front bring one. ARRAY names an
+#   array: the words that start qemu-system-x86_64, with what comes before
+#   (netns_prefix, chroot_prefix, `vmcache exec`, `vmcache boot`,
+#   `env LD_PRELOAD=...`). LIMIT: seconds it may take to come up.
 #   Leaves in DIRECTORY: boot.json (see boot.py), serial.log, stderr.log,
 #   trace.log. Returns 1, and says why, when the guest did not come up.
 boot_guest() {
@@ -39,7 +40,7 @@ boot_guest() {
     child_run python3 "$LIB_DIR/boot.py" \
         --log "$directory/serial.log" --stderr "$directory/stderr.log" \
         --result "$directory/boot.json" --marker "$IMAGE_MARKER" --limit "$limit" -- \
-        "${boot_guest_qemu[@]}" "${BOOT_MACHINE[@]}" -drive "$drive" \
+        "${boot_guest_qemu[@]}" "${BOOT_MACHINE[@]}" ${drive:+-drive "$drive"} \
         -d "$BOOT_TRACE_EVENTS" -D "$directory/trace.log" && return 0
     boot_explain "$directory"
     return 1
