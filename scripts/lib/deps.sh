@@ -35,6 +35,7 @@ readonly -A DEPS_PACKAGES=(
     [bench]="python3-matplotlib python3-tqdm nbdkit"
     [lint]="shellcheck"
     [deb]="debhelper dpkg-dev"
+    [units]="systemd"
 )
 
 # deps_groups                prints the names of all groups, one a line

@@ -12,4 +12,6 @@ mod drive;
 mod exec;
 mod help;
 mod info;
+mod opennebula;
 mod publish;
+mod units;

@@ -1,0 +1,101 @@
+//! The systemd units (`packaging/systemd`): their commands, run as they stand there with what systemd
+//! puts in, by the real QEMU. `scripts/test` has them read by systemd-analyze.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::dir::{Dir, MIB, library};
+
+/// The command of a unit's instance vm1, on one line, for a shell whose variables are the unit's:
+/// an unquoted `$NAME` is cut into words there as well.
+fn command_of(unit: &str, key: &str, dir: &Dir) -> String {
+    let path = format!("{}/packaging/systemd/{unit}", env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(path).unwrap().replace("\\\n", " ");
+    let key = format!("{key}=");
+    let line = text.lines().find_map(|line| line.strip_prefix(&key)).unwrap();
+    let root = dir.text("");
+    line.replace("$$", "$")
+        .replace("%i", "vm1")
+        .replace("%t", &format!("{root}run"))
+        .replace("%C", &format!("{root}cache"))
+        .replace("%S", &format!("{root}lib"))
+        .replace("/usr/bin/vmcache ", &format!("exec {} ", env!("CARGO_BIN_EXE_vmcache")))
+}
+
+fn shell(dir: &Dir, command: &str) -> Command {
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", command])
+        .current_dir(dir.path("."))
+        .env("VMCACHE_LIBRARY", library())
+        .env("BASE", dir.text("base.raw"))
+        .env("FORMAT", "raw")
+        .env("BOOT_OPTIONS", "-o quota=4M --id d0")
+        .env("QEMU_OPTIONS", "-M none -display none")
+        .stdin(Stdio::null());
+    shell
+}
+
+/// A directory in the place of the file system's root, with what systemd makes for the units.
+fn node() -> Dir {
+    let dir = Dir::with_base(2 * MIB);
+    let made = ["run/vmcache-vm/vm1", "run/vmcache-nbd/vm1", "cache/vmcache", "lib/vmcache"];
+    made.iter().for_each(|name| fs::create_dir_all(dir.path(name)).unwrap());
+    dir
+}
+
+#[track_caller]
+fn eventually(mut is_true: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_true() {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A service, killed when dropped.
+struct Service(Child);
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn the_unit_of_a_machine_starts_qemu_with_a_monitor_that_stops_it() {
+    let dir = node();
+    let unit = "vmcache-vm@.service";
+    let made = shell(&dir, &command_of(unit, "ExecStartPre", &dir)).status().unwrap();
+    assert!(made.success());
+    let mut service = Service(shell(&dir, &command_of(unit, "ExecStart", &dir)).spawn().unwrap());
+    eventually(|| dir.path("lib/vmcache/vm1.qcow2").exists());
+    // A machine without a power button does not hear of it; QEMU takes the line all the same.
+    let stop = command_of(unit, "ExecStop", &dir);
+    assert!(stop.contains("echo system_powerdown >"), "{stop}");
+    let quit = stop.replace("system_powerdown", "quit");
+    let pid = service.0.id().to_string();
+    let mut stopping = shell(&dir, &quit).env("MAINPID", &pid).spawn().unwrap();
+    assert!(service.0.wait().unwrap().success());
+    assert!(stopping.wait().unwrap().success());
+    assert_eq!(dir.names("cache/vmcache").len(), 2);
+}
+
+#[test]
+fn the_unit_of_an_export_serves_the_cache() {
+    let dir = node();
+    let cache = "cache/vmcache/vm1.cache";
+    dir.vmcache(&["create", "-q", "-b", &dir.text("base.raw"), "-F", "raw", cache]).exits(0);
+    let command = command_of("vmcache-nbd@.service", "ExecStart", &dir);
+    let _service = Service(shell(&dir, &command).spawn().unwrap());
+    let socket = dir.text("run/vmcache-nbd/vm1/nbd.sock");
+    eventually(|| fs::exists(&socket).unwrap());
+    let url = format!("nbd+unix:///?socket={socket}");
+    dir.qemu("qemu-img", &["compare", "-f", "raw", "-F", "raw", "base.raw", &url]).exits(0);
+    let info = dir.vmcache(&["info", "--output=json", cache]).json();
+    assert_eq!((&info["cached-bytes"], &info["processes"]), (&(2 * MIB).into(), &1.into()));
+}
