@@ -85,9 +85,13 @@ fn the_next_start_finds_both_as_they_were_left() {
 #[test]
 fn twenty_at_once_make_one_cache() {
     let dir = node();
+    // qemu-img is asked for the size of such a base, which takes long enough for several of them to
+    // find that there is no cache.
+    let convert = ["convert", "-f", "raw", "-O", "qcow2", "base.raw", "base.qcow2"];
+    dir.qemu("qemu-img", &convert).exits(0);
     let start = |number: usize| -> Child {
         let (name, overlay) = (format!("vm{number}"), format!("vm{number}.qcow2"));
-        let arguments = ["boot", "-b", "base.raw", "-F", "raw", "--cache", "caches/"];
+        let arguments = ["boot", "-b", "base.qcow2", "-F", "qcow2", "--cache", "caches/"];
         let own = ["--overlay", &overlay, "--qemu", "./machine", &name];
         machine(&dir, "read -P 0x11 0 2M", &[&arguments[..], &own].concat())
             .stdout(Stdio::piped())
