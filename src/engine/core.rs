@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::status::{Counts, values};
 use super::verify::{Known, Seen};
 use super::{Options, Surroundings};
 use crate::image::{BaseWatch, Image};
@@ -40,6 +41,8 @@ pub struct Core {
     slot: OnceLock<SlotGuard>,
     /// Counters of an open without a slot.
     own: Box<Counters>,
+    /// The slot's counters as its former holders left them.
+    before: OnceLock<Counts>,
     populate: bool,
     /// Whether joining was put off, to be tried again.
     may_join_later: AtomicBool,
@@ -82,6 +85,7 @@ impl Core {
             live: OnceLock::new(),
             slot: OnceLock::new(),
             own: Box::default(),
+            before: OnceLock::new(),
             may_join_later: AtomicBool::new(false),
             off: AtomicBool::new(false),
             paused_until: AtomicU64::new(0),
@@ -96,6 +100,9 @@ impl Core {
     /// Starts to use a live state, and to populate where there is a slot. Once.
     pub fn use_live(&self, live: LiveFile, slot: Option<SlotGuard>) {
         // In this order: who sees a live state finds the slot that goes with it.
+        if let Some(slot) = &slot {
+            self.before.get_or_init(|| values(&live.slot(slot.owner().slot()).counters));
+        }
         let taken = slot.map_or(Ok(()), |slot| self.slot.set(slot)).is_ok();
         if !taken || self.live.set(live).is_err() {
             log::error!("{}: joined twice", self.image.path().display());
@@ -165,6 +172,18 @@ impl Core {
     /// This open's counters.
     pub fn counters(&self) -> &Counters {
         self.slot().map_or(&self.own, |slot| &slot.counters)
+    }
+
+    /// What this open did, with a slot and before it had one.
+    pub fn counts(&self) -> Counts {
+        let mut counts = values(&self.own);
+        if let (Some(slot), Some(before)) = (self.slot(), self.before.get()) {
+            for ((count, now), before) in counts.iter_mut().zip(values(&slot.counters)).zip(before)
+            {
+                *count += now.saturating_sub(*before);
+            }
+        }
+        counts
     }
 
     /// Whether this open stores what it fetches.

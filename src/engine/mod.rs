@@ -54,7 +54,9 @@ use populate::Populator;
 pub use publish::publish;
 pub use reader::{Base, Reader, WAIT_LIMIT};
 use signals::NoFileSizeSignal;
-pub use status::{COUNTERS, CheckReport, ImageState, ProcessStats, Status, check, check_observed};
+pub use status::{
+    COUNTERS, CheckReport, Counts, ImageState, ProcessStats, Status, check, check_observed,
+};
 pub use verify::Check;
 use wait::Waiter;
 
@@ -129,6 +131,11 @@ impl Engine {
     /// This open's counters, for what the caller alone knows.
     pub fn counters(&self) -> &Counters {
         self.core.counters()
+    }
+
+    /// What this open did, in the order of [`COUNTERS`].
+    pub fn counts(&self) -> Counts {
+        self.core.counts()
     }
 
     /// Stops using the cache for good, with the reason for the log.

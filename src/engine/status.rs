@@ -52,7 +52,7 @@ pub struct ProcessStats {
     /// Its process id, in its own pid namespace.
     pub pid: u32,
     /// What it, and those before it in the same slot, did; in the order of [`COUNTERS`].
-    pub counters: [u64; COUNTERS.len()],
+    pub counters: Counts,
 }
 
 /// Names of the counters, as `vmcache stats` prints them.
@@ -72,6 +72,9 @@ pub const COUNTERS: [&str; 13] = [
     "repaired-bytes",
 ];
 
+/// Values of the counters, in the order of [`COUNTERS`].
+pub type Counts = [u64; COUNTERS.len()];
+
 /// An image as it is now.
 #[derive(Debug)]
 pub struct Status {
@@ -90,7 +93,7 @@ pub struct Status {
     /// Who has it open.
     pub processes: Vec<ProcessStats>,
     /// Sums since the live state was made, in the order of [`COUNTERS`].
-    pub totals: [u64; COUNTERS.len()],
+    pub totals: Counts,
 }
 
 impl Status {
@@ -187,7 +190,8 @@ impl Status {
     }
 }
 
-fn values(counters: &Counters) -> [u64; COUNTERS.len()] {
+/// The counters' values, in the order of [`COUNTERS`].
+pub(super) fn values(counters: &Counters) -> Counts {
     [
         counters.reads.get(),
         counters.hit_bytes.get(),

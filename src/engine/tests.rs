@@ -15,7 +15,7 @@ use super::buffer::Room;
 use super::core::Core;
 use super::plan::{Fetch, Part, Step};
 use super::pool::Pool;
-use super::{Engine, Options, Reader, Status, Surroundings, checkpoint, join, populate};
+use super::{COUNTERS, Engine, Options, Reader, Status, Surroundings, checkpoint, join, populate};
 use crate::format::{BaseIdentity, ByteRange, Geometry, HostOffset, L2Entry, SubclusterBits};
 use crate::image::{Access, CreateOptions, Image, Scan, create};
 use crate::live::{LiveFile, LiveIdentity, SlotGuard};
@@ -342,6 +342,20 @@ fn status_of_an_image_counts_whole_subclusters() {
     assert_eq!((status.cached_bytes, status.zero_bytes), (MIB, 0));
     assert_eq!(status.processes.len(), 1);
     drop(engine);
+}
+
+#[test]
+fn what_an_open_did_is_not_what_its_slots_former_holder_did() {
+    let (_dir, path) = new_image(None);
+    let first = filled(&path, MIB);
+    let did = first.counts();
+    drop(first);
+    let second = Engine::open(&path, &Options::default()).unwrap();
+
+    assert_eq!(COUNTERS[7], "populated-bytes");
+    assert_eq!(did[7], MIB);
+    assert_eq!(second.counters().populated_bytes.get(), MIB);
+    assert_eq!(second.counts(), [0; COUNTERS.len()]);
 }
 
 #[test]
