@@ -21,11 +21,12 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("Cargo sets OUT_DIR")).join("vmcache.rs");
     bindgen::Builder::default()
         .header("include/vmcache.h")
-        .allowlist_type("vmcache_layout")
+        .allowlist_type("vmcache_.*")
         .allowlist_function("vmcache_.*")
         .rust_edition(bindgen::RustEdition::Edition2024)
         .layout_tests(true)
         .derive_default(false)
+        .prepend_enum_name(false)
         .generate()
         .expect("include/vmcache.h is C that bindgen understands; it needs libclang")
         .write_to_file(&out)

@@ -132,6 +132,17 @@ struct vmcache_layout {
 
     /* MODULE_INIT_BLOCK of module_init_type, qemu/module.h. */
     uint32_t module_init_block;
+
+    /*
+     * NULL, or a BlockDriver of the caller's that lives as long as the program:
+     * it is completed and registered in place of one that the library makes.
+     * What the caller has set in it stays; it may set format_name, to
+     * "vmcache", and callbacks that have no field above.
+     */
+    void *driver;
+
+    /* BDRVReopenState, block/block-common.h. */
+    uint32_t reopen_options;          /* QDict * */
 };
 
 /*
@@ -151,6 +162,70 @@ struct vmcache_layout {
  * the driver.
  */
 int vmcache_register(const struct vmcache_layout *layout);
+
+/*
+ * What one open node did since it was opened. In bytes, but for `reads`,
+ * `base_reads`, `populate_errors` and `checkpoints`. May grow at its end.
+ */
+struct vmcache_node_stats {
+    /* sizeof(struct vmcache_node_stats) as the caller was compiled. */
+    uint32_t size;
+    uint32_t reserved;
+    uint64_t reads;                   /* read requests */
+    uint64_t hit_bytes;               /* served from data in the cache */
+    uint64_t zero_bytes;              /* served as zeros the cache knows of */
+    uint64_t miss_bytes;              /* served from the base */
+    uint64_t waited_bytes;            /* waited for another's fetch */
+    uint64_t base_reads;              /* requests to the base */
+    uint64_t base_bytes;              /* requested from the base */
+    uint64_t populated_bytes;         /* stored, as data or as zeros */
+    uint64_t dropped_bytes;           /* fetched but not stored */
+    uint64_t populate_errors;         /* attempts to store that failed */
+    uint64_t checkpoints;
+    uint64_t bad_bytes;               /* did not fit their checksums */
+    uint64_t repaired_bytes;          /* of those, stored anew */
+};
+
+/* What a cache image is good for now. */
+enum vmcache_state {
+    VMCACHE_STATE_EMPTY = 0,          /* nothing is cached yet */
+    VMCACHE_STATE_FILLING = 1,        /* something is, and there is room */
+    VMCACHE_STATE_FULL = 2,           /* the quota is reached */
+    VMCACHE_STATE_STALE = 3,          /* the base is another */
+    VMCACHE_STATE_DAMAGED = 4,        /* the image contradicts itself */
+};
+
+/* The cache image that a node has open. May grow at its end. */
+struct vmcache_node_info {
+    /* sizeof(struct vmcache_node_info) as the caller was compiled. */
+    uint32_t size;
+    uint32_t state;                   /* enum vmcache_state */
+    uint64_t cluster_size;            /* bytes, as are the next five */
+    uint64_t subcluster_size;
+    uint64_t quota;                   /* 0 for none */
+    uint64_t cached_bytes;            /* held as data */
+    uint64_t zero_bytes;              /* known to be zero */
+    uint64_t actual_size;             /* occupied by the file */
+    uint32_t processes;               /* that can populate it now */
+    uint32_t bypassed;                /* 1: this node reads the base alone */
+    uint8_t uuid[16];
+};
+
+/*
+ * Tell about a node of this driver: `opaque` is its BlockDriverState.opaque,
+ * between the end of its bdrv_open and its bdrv_close. In QEMU's main thread.
+ * The caller sets `size`; as many bytes are written as both sides know, `size`
+ * excepted, and what the caller alone knows is left as it is.
+ * vmcache_node_stats() does no input or output; vmcache_node_info() reads the
+ * image's header and tables.
+ *
+ *  -EINVAL   a pointer is NULL, or `size` has no room for the first field
+ *  -EFAULT   the library failed in a way it did not foresee
+ *
+ * vmcache_node_info() also fails with what kept it from reading the image.
+ */
+int vmcache_node_stats(const void *opaque, struct vmcache_node_stats *stats);
+int vmcache_node_info(const void *opaque, struct vmcache_node_info *info);
 
 /* The library's version, as in "0.1.0". Static storage, never NULL. */
 const char *vmcache_version(void);

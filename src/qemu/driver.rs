@@ -8,7 +8,7 @@
 //! Used by `register`.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_int, c_uint};
+use std::ffi::{CStr, c_int, c_uint};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::call::{field, set_error};
@@ -19,7 +19,7 @@ use super::symbols::{
     BDRVReopenState, BdrvChild, BlockDriverInfo, BlockDriverState, BlockReopenQueue, QDict,
     QEMUIOVector, QemuError,
 };
-use super::{api, io};
+use super::{Api, api, io};
 use crate::engine::Presence;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ByteRange;
@@ -41,7 +41,7 @@ pub(super) static CALLBACKS: Callbacks = Callbacks {
 };
 
 /// Runs the inside of a callback; `None` where it panicked, which QEMU must never see.
-fn guarded<R>(inside: impl FnOnce() -> R) -> Option<R> {
+pub(super) fn guarded<R>(inside: impl FnOnce() -> R) -> Option<R> {
     catch_unwind(AssertUnwindSafe(inside)).ok()
 }
 
@@ -108,31 +108,37 @@ unsafe extern "C" fn reopen_prepare(
 ) -> c_int {
     let prepared = guarded(|| {
         // SAFETY: QEMU's reopen state and its empty errp.
-        unsafe {
-            match reopen_flags(state) {
-                Ok(flags) if flags & api().layout.o_rdwr as c_int == 0 => 0,
-                Ok(_) => {
-                    let what = "vmcache is read-only and cannot be reopened for writing";
-                    set_error(api(), errp, &Error::new(ErrorKind::Invalid, what))
-                }
-                Err(err) => set_error(api(), errp, &err),
-            }
-        }
+        unsafe { check_reopen(state).map_or_else(|err| set_error(api(), errp, &err), |()| 0) }
     });
     prepared.unwrap_or(-libc::EFAULT)
 }
 
-/// The flags that a node is to be reopened with.
+/// Whether a node can be reopened in this way: read-only, and on the image that it has.
 ///
 /// # Safety
 /// `state` must be what QEMU passed to `bdrv_reopen_prepare`.
-unsafe fn reopen_flags(state: *mut BDRVReopenState) -> Result<c_int> {
-    let api = api();
-    // SAFETY: QEMU's reopen state (caller); its layout is verified before it is used.
-    unsafe {
-        verify_reopen(api, state)?;
-        Ok(field::<_, c_int>(state, api.layout.reopen_flags).read())
+unsafe fn check_reopen(state: *mut BDRVReopenState) -> Result<()> {
+    let Api { symbols, layout, .. } = api();
+    // SAFETY: QEMU's reopen state (caller); its layout is verified before it is used, and that of
+    // the node and its child was when it was opened. The names live until the reopen has ended.
+    let (flags, same_file) = unsafe {
+        let bs = verify_reopen(api(), state)?;
+        let flags = field::<_, c_int>(state, layout.reopen_flags).read();
+        let options = field::<_, *mut QDict>(state, layout.reopen_options).read();
+        let file = (symbols.qdict_get_try_str)(options, c"file".as_ptr());
+        let child = field::<_, *mut BdrvChild>(bs, layout.bs_file).read();
+        let now = field::<_, *mut BlockDriverState>(child, layout.child_bs).read();
+        let now = (symbols.bdrv_get_node_name)(now);
+        (flags, file.is_null() || CStr::from_ptr(file) == CStr::from_ptr(now))
+    };
+    let refused = |what: &str| Err(Error::new(ErrorKind::Invalid, what));
+    if flags & layout.o_rdwr as c_int != 0 {
+        return refused("vmcache is read-only and cannot be reopened for writing");
     }
+    if !same_file {
+        return refused("a vmcache node keeps its cache image: add another node for another image");
+    }
+    Ok(())
 }
 
 unsafe extern "C" fn refresh_limits(bs: *mut BlockDriverState, _errp: *mut *mut QemuError) {

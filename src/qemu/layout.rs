@@ -53,7 +53,7 @@ struct Table {
     references: &'static [Reference],
 }
 
-// SAFETY: the only pointer in it is `layout.series`, to a string literal.
+// SAFETY: the pointers in it are `layout.series`, to a string literal, and `layout.driver`, NULL.
 unsafe impl Sync for Table {}
 
 /// A function that the series exports or does not; both are facts of it.

@@ -12,7 +12,7 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{c_char, c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
@@ -88,8 +88,9 @@ pub(crate) struct Api {
     pub(crate) driver: *mut BlockDriver,
 }
 
-// SAFETY: function pointers and numbers, plus two pointers to memory that is never freed: the
-// series' name, a literal or leaked, and the driver, which only QEMU writes and nobody here reads.
+// SAFETY: function pointers and numbers, plus pointers to memory that is never freed: the series'
+// name, a literal or leaked, and the driver (in the layout too), which only QEMU writes and nobody
+// here reads.
 unsafe impl Send for Api {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Api {}
@@ -268,15 +269,27 @@ fn register_once(prepare: impl FnOnce() -> Result<(Symbols, Layout), Refusal>) -
 fn register(symbols: Symbols, layout: Layout) -> Result<(), Refusal> {
     layout::check_vector(&layout, &symbols)
         .map_err(|reason| Refusal::new(libc::ENOTSUP, reason))?;
+    // SAFETY: NULL or a driver as the header describes it, of the size that the layout was proven
+    // to have.
+    let mut given = unsafe { given_words(&layout) };
     let words = driver_words(
         &layout,
         &driver::CALLBACKS,
-        c"vmcache".as_ptr().addr(),
+        take_name(&layout, &mut given)?,
         symbols.bdrv_default_perms as *const () as usize,
+        given,
     )
     .ok_or_else(|| Refusal::new(libc::ENOTSUP, "its layout contradicts itself"))?;
     // QEMU keeps the driver for as long as the program runs.
-    let driver: *mut BlockDriver = Box::leak(words.into_boxed_slice()).as_mut_ptr().cast();
+    let driver: *mut BlockDriver = match layout.driver.is_null() {
+        true => Box::leak(words.into_boxed_slice()).as_mut_ptr().cast(),
+        false => {
+            // SAFETY: the caller's driver, which is as long as its words were and which nobody
+            // else uses before it is registered.
+            unsafe { layout.driver.cast::<usize>().copy_from(words.as_ptr(), words.len()) };
+            layout.driver.cast()
+        }
+    };
     let api = API.get_or_init(|| Api { symbols, layout, driver });
     // SAFETY: the driver is a whole, filled BlockDriver of this program (its layout is proven),
     // lives for ever, and QEMU is registering its block drivers, in the main thread.
@@ -284,16 +297,45 @@ fn register(symbols: Symbols, layout: Layout) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// The driver as words of memory: zero but for what the layout places. `None` when a place is not
-/// inside it.
+const WORD: usize = size_of::<usize>();
+
+/// What a driver is made from: the caller's own as it is now, otherwise zeroes.
+///
+/// # Safety
+/// `layout.driver` must be NULL or point to a `BlockDriver`, of `layout.drv_sizeof` bytes.
+unsafe fn given_words(layout: &Layout) -> Vec<usize> {
+    // It begins with a pointer, so it is made of whole words.
+    let len = (layout.drv_sizeof as usize).div_ceil(WORD);
+    match layout.driver.is_null() {
+        true => vec![0; len],
+        // SAFETY: a driver of this size (caller), which is copied and not kept.
+        false => unsafe { std::slice::from_raw_parts(layout.driver.cast(), len) }.to_vec(),
+    }
+}
+
+/// Takes the name out of what a driver is made from; the library's own where there is none.
+fn take_name(layout: &Layout, words: &mut [usize]) -> Result<usize, Refusal> {
+    const NAME: &CStr = c"vmcache";
+    let given = words.get_mut(layout.drv_format_name as usize / WORD).map_or(0, std::mem::take);
+    if given == 0 {
+        return Ok(NAME.as_ptr().addr());
+    }
+    // SAFETY: the format_name of the caller's driver is a string, as the header asks for.
+    match unsafe { CStr::from_ptr(given as *const c_char) } == NAME {
+        true => Ok(given),
+        false => Err(Refusal::new(libc::EINVAL, "the driver passed has another name")),
+    }
+}
+
+/// The driver as words of memory: what was `given`, and what the layout places. `None` when a place
+/// is not inside it or is taken.
 fn driver_words(
     layout: &Layout,
     callbacks: &Callbacks,
     format_name: usize,
     child_perm: usize,
+    mut words: Vec<usize>,
 ) -> Option<Vec<usize>> {
-    const WORD: usize = size_of::<usize>();
-    let mut words = vec![0usize; (layout.drv_sizeof as usize).div_ceil(WORD)];
     for (offset, value) in [
         (layout.drv_format_name, format_name),
         (layout.drv_bdrv_open, callbacks.open as *const () as usize),
@@ -310,7 +352,8 @@ fn driver_words(
         if !offset.is_multiple_of(WORD) {
             return None;
         }
-        // A word that is taken means that two fields have one place.
+        // A word that is taken means that two fields have one place, or that the caller's driver
+        // has a callback of this library's.
         let word = words.get_mut(offset / WORD).filter(|word| **word == 0)?;
         *word = value;
     }

@@ -95,6 +95,8 @@ static void print_layout(const struct vmcache_layout *l)
     FIELD(block_zero);
     FIELD(block_offset_valid);
     FIELD(module_init_block);
+    printf("        driver: std::ptr::null_mut(),\n");
+    FIELD(reopen_options);
     printf("    },\n");
 }
 

@@ -12,6 +12,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qemu::register::Api;
 use crate::qemu::symbols::{BDRVReopenState, BdrvChild, BlockDriverState};
 
+/// `QTYPE_QDICT` of qapi/qobject.json, the first member of a dictionary; the same in all series.
+const QTYPE_QDICT: i32 = 4;
+
 fn misfit(what: impl std::fmt::Display) -> Error {
     Error::new(
         ErrorKind::Unsupported,
@@ -189,15 +192,21 @@ pub(crate) unsafe fn verify_reopen(
     state: *mut BDRVReopenState,
 ) -> Result<*mut BlockDriverState> {
     let layout = &api.layout;
-    let size = layout.reopen_bs.max(layout.reopen_flags) as usize + WORD;
+    let size = [layout.reopen_bs, layout.reopen_flags, layout.reopen_options];
+    let size = size.into_iter().fold(0, u32::max) as usize + WORD;
     // SAFETY: QEMU's object lives for the call.
     let state = unsafe { Object::new(state, size) };
-    let bs = state.and_then(|state| state.pointer(layout.reopen_bs)).unwrap_or(0)
-        as *mut BlockDriverState;
+    let place = |offset| state.as_ref().and_then(|state| state.pointer(offset)).unwrap_or(0);
+    let bs = place(layout.reopen_bs) as *mut BlockDriverState;
     // SAFETY: nothing is read unless it is mapped; if it is a node, the reopen holds it.
     let node = unsafe { Object::new(bs, layout.bs_sizeof as usize) };
     if node.and_then(|node| node.pointer(layout.bs_drv)) != Some(api.driver.addr()) {
         return Err(misfit("a reopen's bs is elsewhere"));
+    }
+    // SAFETY: nothing is read unless it is mapped; if it is a dictionary, the reopen holds it.
+    let options = unsafe { Object::new(place(layout.reopen_options) as *const usize, 2 * WORD) };
+    if options.and_then(|options| options.int(0)) != Some(QTYPE_QDICT) {
+        return Err(misfit("a reopen's options are elsewhere"));
     }
     Ok(bs)
 }

@@ -76,6 +76,8 @@ pub(super) static TABLES: [Table; 2] = [
             block_zero: 0x2,
             block_offset_valid: 0x4,
             module_init_block: 0x1,
+            driver: std::ptr::null_mut(),
+            reopen_options: 0x28,
         },
         marks: &[
             mark(c"bdrv_try_set_aio_context", false),
@@ -282,6 +284,8 @@ pub(super) static TABLES: [Table; 2] = [
             block_zero: 0x2,
             block_offset_valid: 0x4,
             module_init_block: 0x1,
+            driver: std::ptr::null_mut(),
+            reopen_options: 0x28,
         },
         marks: &[
             mark(c"bdrv_try_set_aio_context", false),

@@ -6,6 +6,9 @@
  * words. Include it after "qemu/osdep.h", "block/block_int.h",
  * "qemu/module.h" and "vmcache.h".
  *
+ * The library finds QEMU's functions by name, so nothing but this file holds
+ * the types that it calls them with (src/qemu/symbols.rs) against QEMU's.
+ *
  * It must compile with every supported series and, as far as one can know, with
  * the ones in between: where a member was renamed the series decides which name
  * is used, and a series where none fits is a compile error, never a guess.
@@ -14,6 +17,18 @@
 #define VMCACHE_LAYOUT_H
 
 #include <stddef.h>
+
+#include "block/aio.h"
+#include "block/block.h"
+#include "qapi/error.h"
+#include "qemu/coroutine.h"
+#include "qemu/iov.h"
+/* 10.0 moved it. */
+#if __has_include("qobject/qdict.h")
+#include "qobject/qdict.h"
+#else
+#include "qapi/qmp/qdict.h"
+#endif
 
 /* 8.0 moved these two callbacks into coroutines and renamed them. */
 #if QEMU_VERSION_MAJOR >= 8
@@ -60,6 +75,51 @@ VMCACHE_ASSERT_MEMBER(BlockDriverInfo, cluster_size, 4);
 _Static_assert(VMCACHE_BLOCK_STATUS_IS(vmcache_block_status_bool) ||
                VMCACHE_BLOCK_STATUS_IS(vmcache_block_status_mode),
                "bdrv_co_block_status has a type vmcache does not know");
+
+#define VMCACHE_ASSERT_FUNCTION(result, name, ...)                            \
+    _Static_assert(__builtin_types_compatible_p(__typeof__(name),             \
+                                                result(__VA_ARGS__)),         \
+                   #name " has a type vmcache does not know")
+VMCACHE_ASSERT_FUNCTION(void, bdrv_register, BlockDriver *);
+VMCACHE_ASSERT_FUNCTION(BlockDriver *, bdrv_find_format, const char *);
+VMCACHE_ASSERT_FUNCTION(int, bdrv_open_file_child, const char *, QDict *,
+                        const char *, BlockDriverState *, Error **);
+VMCACHE_ASSERT_FUNCTION(int, bdrv_open_backing_file, BlockDriverState *,
+                        QDict *, const char *, Error **);
+VMCACHE_ASSERT_FUNCTION(void, bdrv_default_perms, BlockDriverState *,
+                        BdrvChild *, BdrvChildRole, BlockReopenQueue *,
+                        uint64_t, uint64_t, uint64_t *, uint64_t *);
+VMCACHE_ASSERT_FUNCTION(BdrvChild *, bdrv_primary_child, BlockDriverState *);
+VMCACHE_ASSERT_FUNCTION(BdrvChild *, bdrv_cow_child, BlockDriverState *);
+VMCACHE_ASSERT_FUNCTION(int, bdrv_co_preadv, BdrvChild *, int64_t, int64_t,
+                        QEMUIOVector *, BdrvRequestFlags);
+VMCACHE_ASSERT_FUNCTION(int, bdrv_pread, BdrvChild *, int64_t, int64_t,
+                        void *, BdrvRequestFlags);
+VMCACHE_ASSERT_FUNCTION(int64_t, bdrv_getlength, BlockDriverState *);
+VMCACHE_ASSERT_FUNCTION(int64_t, bdrv_nb_sectors, BlockDriverState *);
+VMCACHE_ASSERT_FUNCTION(void, bdrv_refresh_filename, BlockDriverState *);
+VMCACHE_ASSERT_FUNCTION(const char *, bdrv_get_node_name,
+                        const BlockDriverState *);
+VMCACHE_ASSERT_FUNCTION(BlockDriverState *, bdrv_find_node, const char *);
+VMCACHE_ASSERT_FUNCTION(int, bdrv_apply_auto_read_only, BlockDriverState *,
+                        const char *, Error **);
+VMCACHE_ASSERT_FUNCTION(void, bdrv_get_backing_filename, BlockDriverState *,
+                        char *, int);
+VMCACHE_ASSERT_FUNCTION(AioContext *, bdrv_get_aio_context,
+                        BlockDriverState *);
+VMCACHE_ASSERT_FUNCTION(void, aio_co_wake, Coroutine *);
+VMCACHE_ASSERT_FUNCTION(Coroutine *, qemu_coroutine_self, void);
+VMCACHE_ASSERT_FUNCTION(void, qemu_coroutine_yield, void);
+VMCACHE_ASSERT_FUNCTION(void, error_setg_internal, Error **, const char *, int,
+                        const char *, const char *, ...);
+VMCACHE_ASSERT_FUNCTION(const char *, qdict_get_try_str, const QDict *,
+                        const char *);
+VMCACHE_ASSERT_FUNCTION(bool, qdict_get_try_bool, const QDict *, const char *,
+                        bool);
+VMCACHE_ASSERT_FUNCTION(int, qdict_haskey, const QDict *, const char *);
+VMCACHE_ASSERT_FUNCTION(void, qdict_del, QDict *, const char *);
+VMCACHE_ASSERT_FUNCTION(void, qemu_iovec_init_external, QEMUIOVector *,
+                        struct iovec *, int);
 
 static inline void vmcache_layout_fill(struct vmcache_layout *l)
 {
@@ -148,6 +208,10 @@ static inline void vmcache_layout_fill(struct vmcache_layout *l)
         .block_offset_valid = BDRV_BLOCK_OFFSET_VALID,
 
         .module_init_block = MODULE_INIT_BLOCK,
+
+        .driver = NULL,
+
+        .reopen_options = offsetof(BDRVReopenState, options),
     };
 }
 

@@ -33,7 +33,8 @@ fn layout() -> Layout {
 fn the_driver_has_everything_in_its_place() {
     let layout = layout();
 
-    let words = driver_words(&layout, &driver::CALLBACKS, 0x1234, 0x5678).expect("it fits");
+    let words =
+        driver_words(&layout, &driver::CALLBACKS, 0x1234, 0x5678, vec![0; 16]).expect("it fits");
 
     assert_eq!(words.len(), 16);
     assert_eq!(words[0], 0x1234);
@@ -50,21 +51,54 @@ fn the_driver_has_everything_in_its_place() {
 fn a_driver_with_two_things_in_one_place_is_not_made() {
     let layout = Layout { drv_bdrv_close: 0x18, ..layout() };
 
-    assert!(driver_words(&layout, &driver::CALLBACKS, 1, 2).is_none());
+    assert!(driver_words(&layout, &driver::CALLBACKS, 1, 2, vec![0; 16]).is_none());
 }
 
 #[test]
 fn a_driver_with_something_outside_it_is_not_made() {
     let layout = Layout { drv_get_info: 0x80, ..layout() };
 
-    assert!(driver_words(&layout, &driver::CALLBACKS, 1, 2).is_none());
+    assert!(driver_words(&layout, &driver::CALLBACKS, 1, 2, vec![0; 16]).is_none());
 }
 
 #[test]
 fn a_callback_at_an_odd_place_is_not_made() {
     let layout = Layout { drv_get_info: 0x5c, ..layout() };
 
-    assert!(driver_words(&layout, &driver::CALLBACKS, 1, 2).is_none());
+    assert!(driver_words(&layout, &driver::CALLBACKS, 1, 2, vec![0; 16]).is_none());
+}
+
+#[test]
+fn what_a_given_driver_has_stays_in_its_place() {
+    let mut given = [0usize; 16];
+    given[0] = c"vmcache".as_ptr().addr();
+    given[14] = 0xabcd;
+    let layout = Layout { driver: given.as_mut_ptr().cast(), ..layout() };
+
+    // SAFETY: as long as the layout says.
+    let mut words = unsafe { given_words(&layout) };
+    let name = take_name(&layout, &mut words).ok().expect("it is the right name");
+    let words = driver_words(&layout, &driver::CALLBACKS, name, 2, words).expect("it fits");
+
+    assert_eq!((words[0], words[14]), (given[0], 0xabcd));
+    assert_eq!(words[3], driver::CALLBACKS.open as *const () as usize);
+}
+
+#[test]
+fn a_given_driver_with_a_callback_of_ours_is_not_completed() {
+    let mut given = vec![0; 16];
+    given[3] = 0xabcd;
+
+    assert!(driver_words(&layout(), &driver::CALLBACKS, 1, 2, given).is_none());
+}
+
+#[test]
+fn a_given_driver_of_another_name_is_refused() {
+    let mut given = vec![c"qcow2".as_ptr().addr(), 0];
+
+    let refusal = take_name(&layout(), &mut given).expect_err("another name");
+
+    assert_eq!(refusal.errno, libc::EINVAL);
 }
 
 #[test]
