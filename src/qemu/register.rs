@@ -124,12 +124,15 @@ pub(crate) fn api() -> &'static Api {
     API.get().expect("the driver is registered before its callbacks are called")
 }
 
-/// How far registration has come: [`FRESH`] to [`BUSY`], from there to one of the others for good.
+/// How far registration has come: [`FRESH`] to [`BUSY`], from there to one of the others; for good,
+/// but for [`UNKNOWN`], after which QEMU's own C can still say what it is.
 static STATE: AtomicU8 = AtomicU8::new(FRESH);
 const FRESH: u8 = 0;
 const BUSY: u8 = 1;
 const REGISTERED: u8 = 2;
 const REFUSED: u8 = 3;
+/// No table fitted.
+const UNKNOWN: u8 = 4;
 
 /// Why there is no driver, and the errno that says so to C.
 struct Refusal {
@@ -174,7 +177,7 @@ unsafe extern "C" fn block_init() {
 }
 
 unsafe extern "C" fn block_init_last() {
-    register_once(|| {
+    register_once(UNKNOWN, || {
         let symbols = load_symbols()?;
         let layout = layout::select(&Living::new(&symbols))
             .map_err(|reason| Refusal::new(libc::ENOTSUP, reason))?;
@@ -193,7 +196,9 @@ fn load_symbols() -> Result<Symbols, Refusal> {
 /// with a string in `series`; in QEMU's main thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmcache_register(layout: *const ffi::vmcache_layout) -> c_int {
-    register_once(|| {
+    // A preloaded library that knew no table for this QEMU is told now.
+    let _ = STATE.compare_exchange(UNKNOWN, FRESH, Ordering::AcqRel, Ordering::Acquire);
+    register_once(REFUSED, || {
         if layout.is_null() {
             return Err(Refusal::new(libc::EINVAL, "no layout was passed"));
         }
@@ -239,8 +244,12 @@ const _: () = {
 };
 
 /// Registers the driver with what `prepare` finds, unless that has been tried before. Returns 0
-/// when the driver is there, otherwise a negative errno; says so, once, when it is not.
-fn register_once(prepare: impl FnOnce() -> Result<(Symbols, Layout), Refusal>) -> c_int {
+/// when the driver is there, otherwise a negative errno; says so, once, when it is not, and leaves
+/// the state `refused`.
+fn register_once(
+    refused: u8,
+    prepare: impl FnOnce() -> Result<(Symbols, Layout), Refusal>,
+) -> c_int {
     match STATE.compare_exchange(FRESH, BUSY, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {}
         Err(REGISTERED) => return 0,
@@ -258,7 +267,7 @@ fn register_once(prepare: impl FnOnce() -> Result<(Symbols, Layout), Refusal>) -
             0
         }
         Err(refusal) => {
-            STATE.store(REFUSED, Ordering::Release);
+            STATE.store(refused, Ordering::Release);
             report(&refusal.reason);
             -refusal.errno
         }
