@@ -8,23 +8,15 @@
 # stays as it is. Nothing of QEMU is built or linked.
 # Needs: package groups build, headers, script.
 
-# shellcheck source=scripts/lib/deps.sh
-source "$(dirname "${BASH_SOURCE[0]}")/deps.sh"
-
-readonly MIRROR=${VMCACHE_DEBIAN_MIRROR:-http://deb.debian.org/debian}
+# shellcheck source=scripts/lib/qemu_source.sh
+source "$(dirname "${BASH_SOURCE[0]}")/qemu_source.sh"
 
 # headers_tree VAR SERIES    the series' headers, fetched where they are not there
 headers_tree() {
     local -n headers_tree_path=$1
-    local directory suite
-    # The Debian suite whose source package has it.
-    case $2 in
-        7.2) suite=bookworm ;;
-        10.0) suite=trixie ;;
-        *) die "no headers of QEMU $2" ;;
-    esac
-    directory=$CACHE_DIR/qemu-sources/$2-$(recipe_hash fetch_source)
-    cache_make "$directory" "headers of QEMU $2" fetch_source "$2" "$suite"
+    local directory
+    directory=$CACHE_DIR/qemu-sources/$2-$(recipe_hash fetch_source qemu_source_fetch)
+    cache_make "$directory" "headers of QEMU $2" fetch_source "$2"
     # shellcheck disable=SC2034  # the caller's variable
     headers_tree_path=$directory/tree
 }
@@ -68,27 +60,11 @@ headers_floor_build() {
         die "could not compile $2"
 }
 
-# fetch_source SERIES SUITE DIRECTORY   the parts of the tree that are needed
+# fetch_source SERIES DIRECTORY   the parts of the tree that are needed
 fetch_source() {
-    local series=$1 suite=$2 out=$3 apt version tarball
-    mkdir -p "$out/apt/lists/partial" "$out/apt/cache/archives/partial" "$out/tree"
-    printf 'deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' \
-        "$MIRROR" "$suite" >"$out/apt/sources.list"
-    # apt's own user cannot write into a private cache directory.
-    apt=(
-        --option "Dir::Etc::sourcelist=$out/apt/sources.list"
-        --option Dir::Etc::sourceparts=-
-        --option "Dir::State::lists=$out/apt/lists"
-        --option "Dir::Cache=$out/apt/cache"
-        --option "APT::Sandbox::User=$(id -un)"
-    )
-    apt-get "${apt[@]}" --quiet=2 update >&2 || die "no package lists of $suite from $MIRROR"
-    version=$(apt-cache "${apt[@]}" showsrc --only-source qemu |
-        sed -n 's/^Version: //p' | sort --version-sort | tail -n 1)
-    [[ $version == *:"$series"[.+]* ]] || die "$suite has qemu '$version', not $series"
-    say "fetching the source of qemu $version from $suite"
-    (cd "$out" && apt-get "${apt[@]}" --quiet=2 --download-only source "qemu=$version" >&2) ||
-        die "could not fetch qemu $version"
+    local series=$1 out=$2 tarball
+    mkdir -p "$out/tree"
+    qemu_source_fetch "$series" "$out"
     tarball=("$out"/qemu_*.orig.tar.xz)
     # Headers, the schema and its generator, and the reference drivers' files.
     tar --extract --file "${tarball[0]}" --directory "$out/tree" --strip-components 1 \
@@ -97,9 +73,9 @@ fetch_source() {
     # Debian's changes must not be missed, should they ever touch these files.
     if tar --extract --to-stdout --file "$out"/qemu_*.debian.tar.xz --wildcards 'debian/patches/*' |
         grep --extended-regexp --quiet '^\+\+\+ [^/]*/(include/block/|block/(qcow2|raw-format|copy-on-read)\.c)'; then
-        die "Debian patches block layer headers of qemu $version: apply debian/patches here first"
+        die "Debian patches block layer headers of QEMU $series: apply debian/patches here first"
     fi
-    rm -rf "$out/apt" "$out"/qemu_*
+    rm -f "$out"/qemu_*
 }
 
 # write_config TREE   config-host.h without running configure.
