@@ -25,6 +25,7 @@ readonly -A DEPS_PACKAGES=(
     [valgrind]="valgrind"
     [headers]="dpkg-dev libglib2.0-dev"
     [qemu]="qemu-system-x86 qemu-utils qemu-block-extra seabios"
+    [qemu-build]="gcc libc6-dev pkg-config dpkg-dev patch ninja-build flex bison python3-venv libglib2.0-dev libfdt-dev libpixman-1-dev liburing-dev libaio-dev libnfs-dev"
     [nfs]="nfs-ganesha nfs-ganesha-vfs rpcbind netbase"
     [image]="mmdebstrap e2fsprogs extlinux syslinux-common fdisk mount"
     [chroot]="mmdebstrap mount"
