@@ -9,6 +9,8 @@
 //! |---|---|
 //! | `VMCACHE_TEST_QEMU` | words, one a line, in front of every QEMU program: enter where another series is |
 //! | `VMCACHE_TEST_LIBRARY` | the library to preload (default: beside the `vmcache` binary) |
+//! | `VMCACHE_TEST_PATCHED` | build directory of a QEMU that has the driver in its tree: its programs run wherever the driver is needed |
+//! | `VMCACHE_TEST_PATCHED_LIBRARY` | the directory in which that QEMU finds `libvmcache.so.0` |
 //! | `VMCACHE_TEST_NFS` | URL of a directory that an NFS server exports |
 //! | `VMCACHE_TEST_NFS_DIRECTORY` | the same directory by its local path |
 //! | `VMCACHE_TEST_SEED` | seed of everything random (default: a new one, printed) |
@@ -22,8 +24,10 @@
 //! | `nbd` | a client for `qemu-nbd`, with many reads in flight |
 //! | `lab` | bases, caches, servers, and what a plain QEMU says about them |
 //! | `trace` | `strace`: deaths at exact moments, calls that take long |
+//! | `monitor` | a QEMU's monitor, by QMP |
 //! | `virtio` | a machine without a guest whose disks the test drives itself, queue by queue |
 //! | `mounts` | small filesystems that only the test sees |
+//! | `patched` | the tests that need the driver in QEMU's tree; left out in an unmodified one |
 //! | all others | the tests |
 
 mod bases;
@@ -31,12 +35,15 @@ mod checkpoints;
 mod deaths;
 mod faults;
 mod iothreads;
+mod jobs;
 mod lab;
 mod locks;
+mod monitor;
 mod mounts;
 mod nbd;
 mod node;
 mod options;
+mod patched;
 mod process;
 mod quota;
 mod reads;

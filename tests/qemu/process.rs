@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 
-use crate::settings::{LIBRARY, PREFIX, VMCACHE};
+use crate::settings::{LIBRARY, PATCHED, PREFIX, Patched, VMCACHE};
 
 /// What no child takes, however busy the machine is.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -24,8 +24,35 @@ pub struct Tool {
 }
 
 impl Tool {
-    /// A QEMU program with the library preloaded.
+    /// A QEMU program with the driver: the library is preloaded, or the program loads it itself.
     pub fn driver(program: &str) -> Self {
+        match &*PATCHED {
+            Some(patched) => {
+                Self::patched(patched, program).env("LD_LIBRARY_PATH", &patched.library)
+            }
+            None => Self::preloaded(program),
+        }
+    }
+
+    /// A program of a QEMU with the driver in its tree, which does not find the library.
+    pub fn patched(patched: &Patched, program: &str) -> Self {
+        let place = match program {
+            "qemu-storage-daemon" => "storage-daemon",
+            _ => "",
+        };
+        let tool = Self::host("env")
+            // In a build directory not all programs find their modules.
+            .env("QEMU_MODULE_DIR", &patched.programs)
+            .arg(patched.programs.join(place).join(program));
+        match program {
+            "qemu-system-x86_64" => {
+                tool.args(["-L", "/usr/share/seabios", "-L", "/usr/share/qemu"])
+            }
+            _ => tool,
+        }
+    }
+
+    fn preloaded(program: &str) -> Self {
         let mut preload = OsString::from("LD_PRELOAD=");
         preload.push(&*LIBRARY);
         Self::words().arg("env").arg(preload).arg(program)
@@ -48,6 +75,15 @@ impl Tool {
 
     fn words() -> Self {
         Tool { words: PREFIX.iter().map(OsString::from).collect() }
+    }
+
+    /// Sets a variable of a program that is started by `env`.
+    fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        let mut word = OsString::from(name);
+        word.push("=");
+        word.push(value);
+        self.words.insert(1, word);
+        self
     }
 
     /// Adds an argument.

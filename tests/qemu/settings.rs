@@ -26,6 +26,21 @@ pub static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| {
     })
 });
 
+/// A QEMU that has the driver in its own tree.
+pub struct Patched {
+    /// The directory it was built in.
+    pub programs: PathBuf,
+    /// The directory where its module finds the library.
+    pub library: PathBuf,
+}
+
+/// The QEMU to run instead of an unmodified one, if there is one.
+pub static PATCHED: LazyLock<Option<Patched>> = LazyLock::new(|| {
+    let programs = PathBuf::from(text("VMCACHE_TEST_PATCHED")?);
+    let library = text("VMCACHE_TEST_PATCHED_LIBRARY").expect("VMCACHE_TEST_PATCHED_LIBRARY");
+    Some(Patched { programs, library: library.into() })
+});
+
 /// The seed of everything random.
 pub static SEED: LazyLock<u64> = LazyLock::new(|| {
     let seed = number("VMCACHE_TEST_SEED").unwrap_or_else(|| rand::random_range(0..1 << 32));

@@ -1,68 +1,55 @@
 //! `qemu-system-x86_64` without a guest: opening, looking, closing, through its monitor.
 
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::ChildStdin;
-use std::sync::mpsc::{Receiver, channel};
-use std::thread;
 
 use serde_json::{Value, json};
 
 use crate::lab::{Cache, DISK, Lab, Over, noise};
+use crate::monitor::Monitor;
 use crate::nbd::Client;
-use crate::process::{Child, Output, PATIENCE, Tool};
+use crate::process::{Child, Output, Tool};
 
 /// A machine that does not run, and its monitor.
 pub struct Machine {
     child: Child,
-    input: ChildStdin,
-    lines: Receiver<String>,
+    monitor: Monitor,
 }
 
 impl Machine {
     /// Starts one with drives, arguments of `-drive`.
     pub fn start(drives: &[String]) -> Self {
-        let (child, input, output) = Tool::driver("qemu-system-x86_64")
-            .args(["-S", "-nodefaults", "-no-user-config", "-accel", "tcg", "-display", "none"])
-            .args(["-device", "virtio-scsi-pci", "-qmp", "stdio"])
-            .args(drives.iter().flat_map(|drive| ["-drive", drive]))
-            .start_with_pipes();
-        let (told, lines) = channel();
-        // Ends with the machine; its end is seen as the end of the channel. What commands print for
-        // people goes to the same place as the answers.
-        thread::spawn(move || {
-            let lines = BufReader::new(output).lines().map_while(Result::ok);
-            let answers = lines.filter(|line| line.starts_with('{'));
-            answers.for_each(|line| drop(told.send(line)));
-        });
-        let mut machine = Machine { child, input, lines };
-        machine.read();
-        machine.command("qmp_capabilities", json!({}));
-        machine
+        let drives = drives.iter().flat_map(|drive| ["-drive", drive]);
+        Self::start_with(["-device", "virtio-scsi-pci"].into_iter().chain(drives))
     }
 
-    fn read(&mut self) -> Value {
-        match self.lines.recv_timeout(PATIENCE) {
-            Ok(line) => serde_json::from_str(&line).expect("JSON"),
-            Err(err) => panic!("no answer from QEMU: {err}"),
-        }
+    /// Starts one with arguments.
+    pub fn start_with<'a>(args: impl IntoIterator<Item = &'a str>) -> Self {
+        let (child, input, output) = Tool::driver("qemu-system-x86_64")
+            .args(["-S", "-nodefaults", "-no-user-config", "-accel", "tcg", "-display", "none"])
+            .args(["-qmp", "stdio"])
+            .args(args)
+            .start_with_pipes();
+        Machine { child, monitor: Monitor::over(input, output) }
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its monitor.
+    pub fn qmp(&mut self) -> &mut Monitor {
+        &mut self.monitor
     }
 
     /// Runs a command and gives its answer, events left out.
     pub fn command(&mut self, name: &str, arguments: Value) -> Value {
-        let command = format!("{}\n", json!({ "execute": name, "arguments": arguments }));
-        // In one piece: QEMU obeys at the closing brace, and to `quit` so fast that the rest of the
-        // line would find nobody.
-        self.input.write_all(command.as_bytes()).expect("a monitor");
-        std::iter::repeat_with(|| self.read())
-            .find(|answer| answer.get("event").is_none())
-            .expect("an answer")
+        self.monitor.command(name, arguments)
     }
 
     /// Runs a command of the monitor for people and gives what it prints.
     pub fn monitor(&mut self, command: &str) -> String {
-        let answer = self.command("human-monitor-command", json!({ "command-line": command }));
-        answer["return"].as_str().unwrap_or_else(|| panic!("{command}: {answer}")).to_owned()
+        self.monitor.for_people(command)
     }
 
     /// Moves the one node of the driver to an iothread, or with `null` to the main thread.
@@ -100,11 +87,13 @@ impl Machine {
         Client::connect(socket).expect("a connection")
     }
 
-    /// Ends it in good order.
+    /// Ends it in good order; commands may have printed something.
     #[track_caller]
-    pub fn quit(mut self) -> Output {
-        self.command("quit", json!({}));
-        self.child.wait().success()
+    pub fn quit(self) -> Output {
+        let stdout = self.monitor.quit();
+        let mut said = self.child.wait().success();
+        said.stdout = stdout;
+        said
     }
 
     /// Its process.

@@ -5,23 +5,22 @@
 //! After "Virtual I/O Device (VIRTIO) Version 1.1", 4.1.4.8 (the legacy interface over PCI), 2.6
 //! (split queues, legacy layout) and 5.2.6 (requests of block devices).
 //!
-//! Used by `iothreads`.
+//! Used by `iothreads`, `jobs` and `patched`.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::{ChildStdin, ChildStdout};
 
-use crate::lab::Lab;
+use crate::lab::{Lab, sequential};
 use crate::nbd::assert_equal;
 use crate::process::{Child, Output, Tool, eventually};
 
 /// The instruction that stops a processor.
 const HALT: u8 = 0xf4;
 const MEMORY: u64 = 64 << 20;
-/// Entries of a queue, as QEMU gives them by default.
-const ENTRIES: u64 = 256;
-/// Requests in a queue at a time; each takes three entries.
+/// Requests in a queue at a time; each takes three of at least 64 entries.
 pub const BATCH: usize = 16;
 /// Bytes of the largest request.
 pub const LARGEST: usize = 64 << 10;
@@ -41,11 +40,26 @@ pub struct Machine {
 
 /// A queue of one of its disks.
 pub struct Queue {
-    registers: u16,
-    index: u16,
+    /// The command that tells the device of new requests.
+    bell: String,
     /// Where its memory begins.
     memory: u64,
+    /// How many requests and answers its rings have room for, in descriptors.
+    entries: u64,
     requests: u16,
+}
+
+/// The arguments for a disk that another process serves over vhost-user: device 4, two queues.
+pub fn vhost_user_disk(socket: &Path) -> [String; 4] {
+    let chardev = format!("socket,id=vhost,path={}", socket.display());
+    let device = "vhost-user-blk-pci,id=disk,chardev=vhost,addr=04,num-queues=2";
+    ["-chardev".into(), chardev, "-device".into(), device.into()]
+}
+
+/// Reads of a whole disk for two queues.
+pub fn reads_of_two_queues(disk: usize) -> [Vec<(u64, u32)>; 2] {
+    let (even, odd) = sequential(disk, LARGEST).partition(|(at, _)| at / LARGEST as u64 % 2 == 0);
+    [even, odd]
 }
 
 impl Machine {
@@ -74,34 +88,82 @@ impl Machine {
         Machine { child, input, output, memory, queues: 0 }
     }
 
-    /// Runs a command of QEMU's test protocol.
-    fn command(&mut self, command: &str) {
+    /// Runs a command of QEMU's test protocol and gives its answer.
+    fn command(&mut self, command: &str) -> String {
         self.input.write_all(format!("{command}\n").as_bytes()).expect("a machine");
         let mut said = String::new();
         self.output.read_line(&mut said).expect("an answer");
-        assert!(said.starts_with("OK"), "{command}: {said}{}", self.child.complaints());
+        let answer = said.strip_prefix("OK").map(|answer| answer.trim().to_owned());
+        answer.unwrap_or_else(|| panic!("{command}: {said}{}", self.child.complaints()))
     }
 
     /// Makes a virtio-blk device on bus 0 ready for use.
     pub fn disk(&mut self, device: u16, queues: u16) -> Vec<Queue> {
         let registers = 0xc000 + device * 0x100;
-        let config = |register: u32| 0x8000_0000 | u32::from(device) << 11 | register;
-        // Base address register 0; then I/O, memory and bus mastering in the command register.
-        self.command(&format!("outl 0xcf8 {:#x}", config(0x10)));
-        self.command(&format!("outl 0xcfc {registers:#x}"));
-        self.command(&format!("outl 0xcf8 {:#x}", config(0x04)));
-        self.command("outw 0xcfc 0x7");
+        self.set_address(device, 0x10, u32::from(registers));
         self.command(&format!("outb {:#x} 0x3", registers + 18));
         let ready = (0..queues).map(|index| {
-            self.queues += 1;
-            let memory = self.queues * QUEUE_MEMORY;
             self.command(&format!("outw {:#x} {index:#x}", registers + 14));
-            self.command(&format!("outl {:#x} {:#x}", registers + 8, memory / 4096));
-            Queue { registers, index, memory, requests: 0 }
+            let entries = self.command(&format!("inw {:#x}", registers + 12));
+            let bell = format!("outw {:#x} {index:#x}", registers + 16);
+            let queue = self.queue(&entries, bell);
+            self.command(&format!("outl {:#x} {:#x}", registers + 8, queue.memory / 4096));
+            queue
         });
         let ready = ready.collect();
         self.command(&format!("outb {:#x} 0x7", registers + 18));
         ready
+    }
+
+    /// The same by the interface of version 1 of the standard, which vhost-user asks for (4.1.4.3;
+    /// `hw/virtio/virtio-pci.c` puts the common configuration at the start of base address
+    /// register 4, and the bells, four bytes each, at 0x3000).
+    pub fn modern_disk(&mut self, device: u16, queues: u16) -> Vec<Queue> {
+        let registers = 0xe000_0000 + u32::from(device) * 0x1_0000;
+        self.set_address(device, 0x20, registers);
+        self.command(&format!("writeb {:#x} 0x3", registers + 0x14));
+        // Features 32 to 63: the first of them alone, VIRTIO_F_VERSION_1; then FEATURES_OK.
+        self.command(&format!("writel {:#x} 0x1", registers + 0x08));
+        self.command(&format!("writel {:#x} 0x1", registers + 0x0c));
+        self.command(&format!("writeb {:#x} 0xb", registers + 0x14));
+        let ready = (0..queues).map(|index| {
+            self.command(&format!("writew {:#x} {index:#x}", registers + 0x16));
+            let entries = self.command(&format!("readw {:#x}", registers + 0x18));
+            let bell = registers + 0x3000 + 4 * u32::from(index);
+            let queue = self.queue(&entries, format!("writew {bell:#x} {index:#x}"));
+            let rings = [(0x20, queue.memory), (0x28, queue.available()), (0x30, queue.used())];
+            for (register, ring) in rings {
+                self.command(&format!("writel {:#x} {ring:#x}", registers + register));
+                self.command(&format!("writel {:#x} 0x0", registers + register + 4));
+            }
+            self.command(&format!("writew {:#x} 0x1", registers + 0x1c));
+            queue
+        });
+        let ready = ready.collect();
+        self.command(&format!("writeb {:#x} 0xf", registers + 0x14));
+        ready
+    }
+
+    /// Sets a base address register; then I/O, memory and bus mastering in the command register.
+    fn set_address(&mut self, device: u16, register: u32, address: u32) {
+        let config = |register: u32| 0x8000_0000 | u32::from(device) << 11 | register;
+        self.command(&format!("outl 0xcf8 {:#x}", config(register)));
+        self.command(&format!("outl 0xcfc {address:#x}"));
+        self.command(&format!("outl 0xcf8 {:#x}", config(0x04)));
+        self.command("outw 0xcfc 0x7");
+    }
+
+    /// A queue with memory of its own and as many entries as its device says.
+    fn queue(&mut self, entries: &str, bell: String) -> Queue {
+        self.queues += 1;
+        let entries = u64::from_str_radix(entries.trim_start_matches("0x"), 16).expect("a number");
+        Queue { bell, memory: self.queues * QUEUE_MEMORY, entries, requests: 0 }
+    }
+
+    /// Lets go of a device that is to be unplugged, as a guest does: by the PIIX4's hot-plug register
+    /// (`docs/specs/acpi_pci_hotplug.rst` of QEMU).
+    pub fn eject(&mut self, device: u16) {
+        self.command(&format!("outl 0xae08 {:#x}", 1u32 << device));
     }
 
     /// Makes reads in several queues at the same time and holds what comes against the content.
@@ -122,7 +184,7 @@ impl Machine {
                 queue.put(&self.memory, part);
             }
             for queue in &*queues {
-                self.command(&format!("outw {:#x} {:#x}", queue.registers + 16, queue.index));
+                self.command(&queue.bell);
             }
             for (queue, part) in queues.iter().zip(&parts) {
                 eventually("all requests are done", || queue.is_done(&self.memory));
@@ -152,11 +214,11 @@ impl Machine {
 
 impl Queue {
     fn available(&self) -> u64 {
-        self.memory + 16 * ENTRIES
+        self.memory + 16 * self.entries
     }
 
     fn used(&self) -> u64 {
-        (self.available() + 6 + 2 * ENTRIES).next_multiple_of(4096)
+        (self.available() + 6 + 2 * self.entries).next_multiple_of(4096)
     }
 
     fn head(&self, request: usize) -> u64 {
@@ -192,7 +254,7 @@ impl Queue {
                 bytes.extend(u16::to_le_bytes(next));
                 write(&bytes, self.memory + 16 * index);
             }
-            let place = u64::from(self.requests) % ENTRIES;
+            let place = u64::from(self.requests) % self.entries;
             write(&entry.to_le_bytes(), self.available() + 4 + 2 * place);
             self.requests = self.requests.wrapping_add(1);
         }
