@@ -29,7 +29,7 @@ fn by_reference(cache: &Cache) -> [Value; 4] {
         json!({ "driver": cache.base.format, "node-name": "base", "read-only": true, "file": "base-file" }),
         json!({
             "driver": "vmcache", "node-name": "cache", "read-only": true, "file": "cache-file",
-            "backing": "base", "populate": true, "base-changed": "refuse",
+            "backing": "base", "populate": true, "populate-queue": 16 << 20, "base-changed": "refuse",
         }),
     ]
 }

@@ -184,7 +184,16 @@ impl Object {
         // mapped, and writes one byte for each page, for which there is room.
         let mapped =
             unsafe { libc::mincore(first as *mut c_void, len, residency.as_mut_ptr().cast()) };
-        (mapped == 0).then_some(Object { start: pointer.cast(), size })
+        if mapped == 0 {
+            return Some(Object { start: pointer.cast(), size });
+        }
+        let err = std::io::Error::last_os_error();
+        if err.raw_os_error() != Some(libc::ENOMEM) {
+            log::warn!(
+                "could not ask what is mapped: mincore: {err}; a seccomp filter must allow it"
+            );
+        }
+        None
     }
 
     fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
