@@ -21,7 +21,7 @@ from bench_report import QUEUE_DEPTH
 # How long a machine is left alone before it is looked at: longer than a checkpoint takes to come.
 IDLE_SECONDS = 3
 # The options that the most memory is taken with.
-QUEUES = ("populate=off", "populate=on")
+QUEUES = ("populate=off", "populate=on", "populate=on,populate-queue=8M")
 QUEUE_READ = 2 << 20
 
 

@@ -175,6 +175,10 @@ class Targets(unittest.TestCase):
         rows = [queue_row("off", 10), queue_row("on", 500), queue_row("on", 80, dropped=1)]
         self.assertEqual(list(verdicts(rows).values()), ["met"])
 
+    def test_a_small_queue_is_judged_by_its_own_bound(self):
+        rows = [queue_row("off", 10), queue_row("on,populate-queue=8M", 40, dropped=1)]
+        self.assertEqual(list(verdicts(rows).values()), ["NOT MET"])
+
     def test_a_queue_that_was_never_full_is_not_judged(self):
         rows = [queue_row("off", 10), queue_row("on", 20)]
         self.assertEqual(list(verdicts(rows).values()), ["not measured here"])
