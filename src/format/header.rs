@@ -261,13 +261,22 @@ pub(super) fn encode(
     bytes
 }
 
-/// Whether a file is a published image ([`super::Published`]), by its first [`HEADER_MAX`] bytes.
-pub fn is_published(bytes: &[u8]) -> bool {
-    let mut reader = Reader(bytes);
-    let start = [MAGIC, 3].map(|word| reader.u32().is_ok_and(|found| found == word));
-    let length = reader.bytes(HEADER_LENGTH_AT - 8).and_then(|_| reader.u32());
-    let extensions = length.and_then(|length| Extensions::read(bytes, length as usize));
-    start == [true; 2] && extensions.is_ok_and(|extensions| extensions.published)
+/// What the header of a published image ([`super::Published`]) says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PublishedMark {
+    /// The sample of the base that it was made from, where that was known.
+    pub sample: Option<[u8; 32]>,
+}
+
+impl PublishedMark {
+    /// From the first [`HEADER_MAX`] bytes of a file; `None` where it is no published image.
+    pub fn find(bytes: &[u8]) -> Option<Self> {
+        let mut reader = Reader(bytes);
+        let start = [MAGIC, 3].map(|word| reader.u32().is_ok_and(|found| found == word));
+        let length = reader.bytes(HEADER_LENGTH_AT - 8).and_then(|_| reader.u32()).ok()?;
+        let extensions = Extensions::read(bytes, length as usize).ok()?;
+        extensions.published.filter(|_| start == [true; 2])
+    }
 }
 
 /// Puts the CRC of a whole header into it.
@@ -364,12 +373,12 @@ fn backing_name(bytes: &[u8], at: u64, len: usize) -> Result<String> {
 struct Extensions {
     cache: Option<(CacheExtension, usize)>,
     backing_format: Option<String>,
-    published: bool,
+    published: Option<PublishedMark>,
 }
 
 impl Extensions {
     fn read(bytes: &[u8], header_length: usize) -> Result<Self> {
-        let mut found = Extensions { cache: None, backing_format: None, published: false };
+        let mut found = Extensions { cache: None, backing_format: None, published: None };
         let mut reader = Reader(bytes);
         reader.bytes(header_length)?;
         loop {
@@ -386,7 +395,10 @@ impl Extensions {
                     ));
                 }
                 CACHE_EXTENSION => found.cache = Some((CacheExtension::decode(data)?, at)),
-                PUBLISHED_EXTENSION => found.published = true,
+                PUBLISHED_EXTENSION => {
+                    let sample = data.get(16..).and_then(|sample| sample.try_into().ok());
+                    found.published = Some(PublishedMark { sample });
+                }
                 EXTENSION_BACKING_FORMAT => {
                     let name = std::str::from_utf8(data)
                         .ok()

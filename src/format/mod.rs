@@ -17,7 +17,7 @@ mod published;
 pub use checksum::Checksum;
 pub use extension::{BaseChange, BaseIdentity, CacheExtension};
 pub use geometry::{ByteRange, Geometry, GuestOffset, HostOffset, SECTOR, SUBCLUSTERS};
-pub use header::{HEADER_MAX, Header, is_published};
+pub use header::{HEADER_MAX, Header, PublishedMark};
 pub use l2::{L2Entry, SubclusterBits};
 pub use layout::Layout;
 pub use published::Published;

@@ -11,7 +11,8 @@
 //!
 //! An extension of our own marks it as a copy of what its base holds, so that a cache whose base it
 //! is takes another edition of it for the same base. Its data is the [UUID](super::CacheExtension) of
-//! the cache image.
+//! the cache image (16 bytes) and, where that knows it, the sample of the base (32 bytes, see
+//! `image::identity`), by which whoever puts the image before a base tells whether it is still of that.
 //!
 //! Used by `image`.
 
@@ -109,8 +110,14 @@ impl Published {
         l1.into_iter().flat_map(u64::to_be_bytes).collect()
     }
 
-    /// The header, for a backing file's name and format, and the cache image of this UUID.
-    pub fn encode_header(&self, base: (&str, &str), uuid: [u8; 16]) -> Result<Vec<u8>> {
+    /// The header, for a backing file's name and format, and the cache image of this UUID whose base
+    /// has this sample.
+    pub fn encode_header(
+        &self,
+        base: (&str, &str),
+        uuid: [u8; 16],
+        sample: Option<[u8; 32]>,
+    ) -> Result<Vec<u8>> {
         check_base_name(base.0, base.1)?;
         let tables = Tables {
             l1: self.l1_table_offset(),
@@ -118,7 +125,8 @@ impl Published {
             refcount_clusters: self.refcount_table_clusters,
         };
         let mut ours = Vec::new();
-        push_extension(&mut ours, PUBLISHED_EXTENSION, &uuid);
+        let data: Vec<u8> = uuid.into_iter().chain(sample.into_iter().flatten()).collect();
+        push_extension(&mut ours, PUBLISHED_EXTENSION, &data);
         Ok(encode(&self.geometry, &tables, base, 0, ours))
     }
 }

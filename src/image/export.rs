@@ -8,10 +8,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::Image;
 use super::disk::Disk;
+use super::identity::BaseFile;
 use super::whole::{Replace, make_whole};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Checksum, HostOffset, L2Entry, Published, SUBCLUSTERS, SubclusterBits};
@@ -53,10 +55,7 @@ pub fn export(
     progress: impl FnMut(u64, u64),
     confirm: impl FnOnce() -> Result<()>,
 ) -> Result<Exported> {
-    let is_same = |other: std::path::PathBuf| other == image.path();
-    if path.canonicalize().is_ok_and(is_same) {
-        return Err(Error::new(ErrorKind::Invalid, "cannot be published over itself").on(path));
-    }
+    refuse_own_files(image, path, options)?;
     let replace = if options.force { Replace::KeepOld } else { Replace::No };
     make_whole(path, options.mode, replace, |disk| {
         let mut export = Export::new(image, entries, Target { disk, path });
@@ -65,6 +64,22 @@ pub fn export(
         confirm()?;
         Ok(export.done)
     })
+}
+
+/// Refuses to write over what the file is made from, or its base.
+fn refuse_own_files(image: &Image, path: &Path, options: &ExportOptions) -> Result<()> {
+    let same = |file: &Path, what: &str| {
+        let identity = |file: &Path| file.metadata().map(|meta| (meta.dev(), meta.ino())).ok();
+        let is_same = identity(file).is_some_and(|file| identity(path) == Some(file));
+        let refusal = || Error::new(ErrorKind::Invalid, what).on(path);
+        if is_same { Err(refusal()) } else { Ok(()) }
+    };
+    same(image.path(), "cannot be published over itself")?;
+    let bases = [
+        BaseFile::resolve(&image.header().backing_file, image.path()),
+        BaseFile::resolve(&options.backing_file, path),
+    ];
+    bases.iter().flatten().try_for_each(|base| same(base.path(), "it is the base"))
 }
 
 /// The file being written.
@@ -181,7 +196,8 @@ impl<'a> Export<'a> {
     fn write_tables(&self, options: &ExportOptions) -> Result<()> {
         let layout = &self.layout;
         let base = (options.backing_file.as_str(), options.backing_format.as_str());
-        let header = layout.encode_header(base, self.image.header().cache.uuid)?;
+        let sample = self.image.read_base()?.sample;
+        let header = layout.encode_header(base, self.image.header().cache.uuid, sample)?;
         let refcounts = std::iter::repeat_n(&true, layout.data as usize).chain(&self.used);
         let refcounts: Vec<u8> =
             refcounts.flat_map(|used| u16::from(*used).to_be_bytes()).collect();

@@ -38,7 +38,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::{Access, Image};
-use crate::format::{self, BaseIdentity, HEADER_MAX, Header, SECTOR};
+use crate::format::{BaseIdentity, HEADER_MAX, Header, PublishedMark, SECTOR};
 
 /// A base that is a file this machine can look at, as opposed to a URL or a `json:` name.
 #[derive(Clone, Debug)]
@@ -88,7 +88,7 @@ fn is_published(path: &Path) -> bool {
     let mut start = Vec::new();
     let read =
         File::open(path).and_then(|file| file.take(HEADER_MAX as u64).read_to_end(&mut start));
-    read.is_ok() && format::is_published(&start)
+    read.is_ok() && PublishedMark::find(&start).is_some()
 }
 
 /// The regular files that a base in use consists of, and what they were when it was opened.

@@ -114,6 +114,10 @@ fn stats_of(engine: &Engine) -> Stats {
 fn info_of(engine: &Engine) -> Result<Info, c_int> {
     let status = Status::read(engine.image().path()).map_err(|err| err.errno())?;
     let header = &status.header;
+    if header.cache.uuid != engine.header().cache.uuid {
+        // Its name belongs to another image by now.
+        return Err(libc::ESTALE);
+    }
     Ok(Info {
         size: 0,
         state: match status.state {

@@ -297,25 +297,30 @@ fn a_stale_cache_is_used_no_more_and_named() {
     boot_and(&dir, "read -P 0x44 0 1M", &["vm1"]).exits(0).complains("is stale");
 }
 
-/// A node whose cache was published, and whose base has other bytes since: who reads the old ones has
-/// them from what was published. Its machine is a QEMU without a guest.
+/// A node whose cache was published, and whose base has other bytes in one block since, that no sample
+/// has: who reads the old ones has them from what was published. Its machine is a QEMU without a guest.
 fn published() -> Dir {
     let dir = node();
     boot(&dir, &["vm1"]).exits(0);
     dir.vmcache(&["publish", "-b", &dir.text("base.raw"), &cache(&dir), "published"]).exits(0);
     fs::remove_dir_all(dir.path("caches")).unwrap();
-    dir.write("base.raw", &vec![0x55; 2 * MIB as usize]);
+    let mut base = fs::read(dir.path("base.raw")).unwrap();
+    base[BLOCK.clone()].fill(0x55);
+    dir.write("base.raw", &base);
     let machine = "#!/bin/sh\nprintf 'qemu-io d0 \"%s\"\\nquit\\n' \"$DO\" | exec qemu-system-x86_64 \
                    -M none -display none -monitor stdio \"$@\"\n";
     dir.write("machine", machine.as_bytes());
     dir
 }
 
-/// Boots that machine; its disk holds `pattern` from its start on.
+/// The block that changed.
+const BLOCK: std::ops::Range<usize> = 8192..12288;
+
+/// Boots that machine; its disk holds `pattern` in that block.
 fn holds(dir: &Dir, pattern: &str, options: &[&str]) -> Run {
-    let todo = format!("read -P {pattern} 0 1M");
+    let todo = format!("read -P {pattern} {} {}", BLOCK.start, BLOCK.len());
     let run = boot_and(dir, &todo, &[&["--id", "d0"], options].concat());
-    let run = run.exits(0).prints("read 1048576/1048576 bytes");
+    let run = run.exits(0).prints("read 4096/4096 bytes");
     assert!(!run.stdout.contains("verification failed"), "{run:?}");
     run
 }
@@ -324,6 +329,51 @@ fn holds(dir: &Dir, pattern: &str, options: &[&str]) -> Run {
 fn what_was_published_is_read_before_the_base() {
     let dir = published();
     holds(&dir, "0x11", &["--published", "published", "vm1"]).complains("before the base");
+}
+
+#[test]
+fn what_was_published_of_another_state_of_the_base_is_not_read() {
+    let dir = published();
+    dir.write("base.raw", &vec![0x55; 2 * MIB as usize]);
+    holds(&dir, "0x55", &["--published", "published", "vm1"])
+        .complains("is not used: the base is not what it was made from");
+}
+
+#[test]
+fn what_something_else_made_is_not_read_as_published() {
+    let dir = published();
+    let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &dir.text("base.raw"), "other"];
+    dir.qemu("qemu-img", &create).exits(0);
+    holds(&dir, "0x55", &["--published", "other", "vm1"])
+        .complains("other' is not used: 'vmcache publish' did not make it");
+}
+
+#[test]
+fn what_was_published_for_another_format_of_the_base_is_not_read() {
+    let dir = published();
+    let rebase =
+        ["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", &dir.text("base.raw"), "published"];
+    dir.qemu("qemu-img", &rebase).exits(0);
+    holds(&dir, "0x55", &["--published", "published", "vm1"])
+        .complains("is not used: it takes the base for qcow2, not for raw");
+}
+
+#[test]
+fn a_new_overlay_of_a_larger_base_has_its_size() {
+    let dir = node();
+    boot(&dir, &["vm1"]).exits(0);
+    dir.write("base.raw", &vec![0x44; 4 * MIB as usize]);
+    fs::remove_file(dir.path("vm1.qcow2")).unwrap();
+    boot_and(&dir, "read -P 0x44 3M 1M", &["vm1"]).exits(0).complains("is stale");
+    let info = dir.qemu("qemu-img", &["info", "--output=json", "vm1.qcow2"]).json();
+    assert_eq!(info["virtual-size"], 4 * MIB);
+}
+
+#[test]
+fn an_overlay_that_is_a_link_to_nothing_is_refused() {
+    let dir = node();
+    std::os::unix::fs::symlink("/nowhere/vm1.qcow2", dir.path("vm1.qcow2")).unwrap();
+    boot(&dir, &["vm1"]).exits(1).complains("a symbolic link to nothing");
 }
 
 #[test]
@@ -340,7 +390,7 @@ fn what_was_published_of_another_base_is_not_read() {
     let options = ["-b", "other.raw", "-F", "raw", "--published", "published", "--id", "d0"];
     let places = ["--cache", "caches/", "--overlay", "vm2.qcow2", "--qemu", "./machine", "vm2"];
     let arguments = [&["boot"], &options[..], &places].concat();
-    let run = Run::of(&mut machine(&dir, "read -P 0x55 0 1M", &arguments)).exits(0);
+    let run = Run::of(&mut machine(&dir, "read -P 0x55 8192 4096", &arguments)).exits(0);
     assert!(!run.stdout.contains("verification failed"), "{run:?}");
     run.complains(&format!("is not used: it is of '{}'", dir.text("base.raw")));
 }

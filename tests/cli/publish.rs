@@ -153,6 +153,31 @@ fn what_is_there_is_not_replaced() {
 }
 
 #[test]
+fn a_cache_is_not_published_over_its_base() {
+    let dir = Dir::with_full_cache(MIB);
+    dir.refuses(&["publish", "-f", "-b", "base.raw", CACHE, "base.raw"], 1, "the same file");
+    dir.refuses(&["publish", "-f", "-b", "/there/a.raw", CACHE, "base.raw"], 1, "it is the base");
+    assert_eq!(dir.names("."), ["base.raw", CACHE]);
+}
+
+#[test]
+fn a_base_that_cannot_be_opened_as_its_format_is_refused_where_it_is() {
+    let dir = Dir::with_full_cache(MIB);
+    let options = ["publish", "-b", "base.raw", "-F", "bogus", CACHE, "published"];
+    dir.refuses(&options, 1, "could not open base");
+}
+
+#[test]
+fn a_url_is_no_place_to_publish_to() {
+    let dir = Dir::with_full_cache(MIB);
+    dir.refuses(
+        &["publish", CACHE, "nfs://storage/ram/a.qcow2"],
+        1,
+        "DEST is a path on this machine",
+    );
+}
+
+#[test]
 fn a_cache_is_not_published_over_itself() {
     let dir = Dir::with_full_cache(MIB);
     let message = "cannot be published over itself";

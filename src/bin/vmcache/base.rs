@@ -21,6 +21,7 @@ use crate::drive;
 
 /// QEMU's program for images.
 pub const QEMU_IMG: &str = "qemu-img";
+const QEMU_IO: &str = "qemu-io";
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// A base as it is now.
@@ -178,6 +179,8 @@ pub struct ImageInfo {
     pub full_backing_filename: Option<String>,
     /// The backing file as the image names it.
     pub backing_filename: Option<String>,
+    /// QEMU's name of the backing file's format, where the image has one.
+    pub backing_filename_format: Option<String>,
 }
 
 /// What QEMU sees in an image: a path or URL, in QEMU's format.
@@ -187,19 +190,79 @@ pub fn image_info(name: &std::ffi::OsStr, format: &str) -> Result<ImageInfo> {
     serde_json::from_slice(&said).context("could not understand the answer of 'qemu-img info'")
 }
 
+/// The sample of a base (see `image::sample_base`) of `size` bytes, as QEMU reads it.
+pub fn sample(name: &str, format: &str, size: u64) -> Result<[u8; 32]> {
+    let mut places = Vec::new();
+    let noted = image::sample_base(size, |block, offset| {
+        places.push((offset, block.len()));
+        Ok(())
+    });
+    noted?;
+    let mut blocks = read_blocks(name, format, &places)?.into_iter();
+    let sample = image::sample_base(size, |block, _| {
+        blocks
+            .next()
+            .map(|found| block.copy_from_slice(&found))
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
+        Ok(())
+    });
+    Ok(sample?)
+}
+
+/// Bytes of an image, a path or URL in QEMU's format: those at each of some places, so many, a
+/// multiple of 16.
+pub fn read_blocks(name: &str, format: &str, places: &[(u64, usize)]) -> Result<Vec<Vec<u8>>> {
+    let reads = places.iter().map(|(offset, len)| format!("read -v {offset} {len}"));
+    let mut command = Command::new(QEMU_IO);
+    command.args(["-r", "-f", format]);
+    command.args(reads.flat_map(|read| ["-c".to_owned(), read]));
+    let said = qemu_tool(command.arg("--").arg(name))?;
+    let mut bytes = String::from_utf8_lossy(&said)
+        .lines()
+        .filter_map(dumped)
+        .collect::<Vec<_>>()
+        .concat()
+        .into_iter();
+    let blocks: Vec<Vec<u8>> =
+        places.iter().map(|(_, len)| bytes.by_ref().take(*len).collect()).collect();
+    let is_whole = blocks.iter().zip(places).all(|(block, (_, len))| block.len() == *len);
+    if !is_whole {
+        bail!("could not read '{name}': {}", String::from_utf8_lossy(&said).trim());
+    }
+    Ok(blocks)
+}
+
+/// The 16 bytes in a line of what qemu-io's `read -v` prints: the offset, a colon, and two digits for
+/// each byte, before what they are as text.
+fn dumped(line: &str) -> Option<Vec<u8>> {
+    let (offset, rest) = line.split_once(":  ")?;
+    u64::from_str_radix(offset, 16).ok()?;
+    let digits = rest.get(..16 * 3)?;
+    digits.split_ascii_whitespace().map(|byte| u8::from_str_radix(byte, 16).ok()).collect()
+}
+
 /// Runs qemu-img and returns what it prints; what it complains of is the error.
 pub fn qemu_img(command: &mut Command) -> Result<Vec<u8>> {
+    qemu_tool(command)
+}
+
+/// The same of qemu-img or qemu-io.
+fn qemu_tool(command: &mut Command) -> Result<Vec<u8>> {
+    let program = command.get_program().display().to_string();
     let done = command.stdin(Stdio::null()).output().map_err(|err| match err.kind() {
         io::ErrorKind::NotFound => anyhow!(
-            "qemu-img is not installed, and without it only a raw base on this machine can be \
+            "{program} is not installed, and without it only a raw base on this machine can be \
              looked at and no overlay be made; install it (Debian: qemu-utils) or put it into PATH"
         ),
-        _ => anyhow!("could not run qemu-img: {err}"),
+        _ => anyhow!("could not run {program}: {err}"),
     })?;
     if !done.status.success() {
         let said = String::from_utf8_lossy(&done.stderr);
         let said = said.trim();
-        bail!("{}", if said.is_empty() { "qemu-img failed" } else { said });
+        if said.is_empty() {
+            bail!("{program} failed");
+        }
+        bail!("{said}");
     }
     Ok(done.stdout)
 }

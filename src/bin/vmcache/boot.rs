@@ -5,9 +5,9 @@
 //! nobody sees half of one.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -225,10 +225,15 @@ fn ensure_overlay(args: &Args, source: &Source<'_>, path: &Path, cache: &Image) 
     if path.symlink_metadata().is_err() {
         let directory = path.parent().unwrap_or(Path::new("/"));
         places::make(directory)?;
-        if make_overlay(source, path, cache)? {
+        if make_overlay(source, path)? {
             args.say(&format!("overlay '{shown}' made"));
             return Ok(());
         }
+    }
+    if !path.exists() {
+        bail!(
+            "the overlay '{shown}' is a symbolic link to nothing: delete it, or mount what it is on"
+        );
     }
     drive::examine_overlay(path, cache)?;
     let Some(backing) = drive::backing_name(path) else {
@@ -253,26 +258,25 @@ fn ensure_overlay(args: &Args, source: &Source<'_>, path: &Path, cache: &Image) 
 }
 
 /// Makes an overlay under another name and gives it its own in one step; whether the name was free.
-fn make_overlay(source: &Source<'_>, path: &Path, cache: &Image) -> Result<bool> {
+fn make_overlay(source: &Source<'_>, path: &Path) -> Result<bool> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(format!(".{}.new", uuid::Uuid::new_v4().simple()));
     let beside = Path::new(&beside);
-    // The base need not be opened for it: the cache knows how large it is.
-    let made = base::qemu_img(
-        Command::new(QEMU_IMG)
-            .args(["create", "-q", "-u", "-f", "qcow2", "-b", &source.name, "-F", source.format])
-            .arg("--")
-            .arg(beside)
-            .arg(cache.geometry().virtual_size().to_string()),
-    );
-    let named = made.and_then(|_| {
-        // It will hold what is the virtual machine's alone.
-        fs::set_permissions(beside, Permissions::from_mode(0o600))?;
-        match fs::hard_link(beside, path) {
-            Ok(()) => Ok(true),
-            Err(err) if err.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-            Err(err) => Err(err.into()),
-        }
+    // It will hold what is the virtual machine's alone, so from the start nobody else may open it.
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(beside);
+    // As large as the base is now, which the cache need not know.
+    let made = made.map_err(anyhow::Error::from).and_then(|_| {
+        base::qemu_img(
+            Command::new(QEMU_IMG)
+                .args(["create", "-q", "-f", "qcow2", "-b", &source.name, "-F", source.format])
+                .arg("--")
+                .arg(beside),
+        )
+    });
+    let named = made.and_then(|_| match fs::hard_link(beside, path) {
+        Ok(()) => Ok(true),
+        Err(err) if err.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(err) => Err(err.into()),
     });
     // Under its own name by now, or of no use; nothing to add to an error that is on its way.
     let _ = fs::remove_file(beside);
@@ -282,7 +286,7 @@ fn make_overlay(source: &Source<'_>, path: &Path, cache: &Image) -> Result<bool>
 /// Whether a published image can stand between the cache and the base; says why not.
 fn is_of_use(args: &Args, published: &Published, source: &Source<'_>, virtual_size: u64) -> bool {
     let name = published.shown();
-    match published.examine(&source.name, virtual_size) {
+    match published.examine(&source.name, source.format, virtual_size) {
         Ok(()) => {
             args.say(&format!("reading '{name}' before the base"));
             true

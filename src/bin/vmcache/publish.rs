@@ -92,6 +92,13 @@ struct Report {
 
 /// Publishes an image.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<u8> {
+    if args.dest.to_str().is_some_and(|dest| dest.contains("://")) {
+        bail!(
+            "'{}' is a URL: DEST is a path on this machine, as in a directory of the storage node \
+             that is mounted here",
+            args.dest.display()
+        );
+    }
     let image = Image::open(&args.cache, Access::ReadOnly)?;
     let header = image.header();
     let options = ExportOptions {
@@ -160,6 +167,12 @@ fn examine_base(args: &Args, options: &ExportOptions, header: &Header) -> Result
             "base '{shown}' has {} bytes, the cache is of one with {expected} bytes",
             base.size
         ),
+        // Where this machine has it the others will find the same wrong with it.
+        Err(err)
+            if BaseFile::resolve(name, &args.dest).is_some_and(|file| file.path().exists()) =>
+        {
+            Err(err)
+        }
         Err(err) => {
             log::warn!("{err:#}; if other machines find it, all is well");
             Ok(())

@@ -7,6 +7,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use vmcache::format::{HEADER_MAX, PublishedMark};
 
 use crate::base;
 use crate::drive::doubled_commas;
@@ -41,8 +42,9 @@ impl Published {
         format!(",backing.backing={NODE}")
     }
 
-    /// Asks QEMU whether the image can be opened, and whether it is of a base of this name and size.
-    pub fn examine(&self, of: &str, virtual_size: u64) -> Result<()> {
+    /// Whether the image is of a base as this is now: its name and format, its size, and the sample
+    /// of its content. Both are read by QEMU.
+    pub fn examine(&self, of: &str, format: &str, virtual_size: u64) -> Result<()> {
         let info = base::image_info(self.0.as_ref(), "qcow2")?;
         let names = [&info.full_backing_filename, &info.backing_filename];
         if !names.into_iter().flatten().any(|name| base::is_same(name, Path::new("/"), of)) {
@@ -52,8 +54,26 @@ impl Published {
                 printable(of)
             );
         }
+        if info.backing_filename_format.as_deref() != Some(format) {
+            bail!(
+                "it takes the base for {}, not for {format}",
+                printable(info.backing_filename_format.as_deref().unwrap_or("no format"))
+            );
+        }
         if info.virtual_size != virtual_size {
             bail!("it has {} bytes where the base had {virtual_size}", info.virtual_size);
+        }
+        let start = base::read_blocks(&self.0, "raw", &[(0, HEADER_MAX)])?;
+        match start.first().and_then(|start| PublishedMark::find(start)) {
+            None => bail!("'vmcache publish' did not make it"),
+            Some(PublishedMark { sample: None }) => {
+                bail!("it does not say what its base was: nothing was ever read through its cache")
+            }
+            Some(PublishedMark { sample: Some(sample) }) => {
+                if sample != base::sample(of, format, virtual_size)? {
+                    bail!("the base is not what it was made from; publish it anew");
+                }
+            }
         }
         Ok(())
     }
