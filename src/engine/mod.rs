@@ -171,13 +171,16 @@ impl Engine {
     }
 
     /// Memory for the base's bytes of a fetch or a check, which are as many as its range has. `None`
-    /// where as much as may be is on its way into the cache; they are counted as dropped.
+    /// where as much as may be is on its way into the cache.
     pub fn buffer(&self, range: ByteRange) -> Option<Buffer> {
-        let buffer = self.room.buffer(range.len);
-        if buffer.is_none() {
-            self.core.counters().dropped_bytes.add(range.len);
-        }
-        buffer
+        let subcluster = self.core.image.geometry().subcluster_size();
+        let capacity = range.len.checked_next_multiple_of(subcluster)?;
+        self.room.buffer(range.len.try_into().ok()?, capacity.try_into().ok()?)
+    }
+
+    /// Notes bytes of the base that were read for the guest alone, for want of memory.
+    pub fn note_dropped(&self, bytes: u64) {
+        self.core.counters().dropped_bytes.add(bytes);
     }
 
     /// Takes what was read from the base for a fetch: the whole of [`Fetch::range`]. Never blocks.

@@ -114,6 +114,7 @@ impl<B: Base> Reader<B> {
         let Some(mut data) = self.engine.buffer(range) else {
             // The claims first: others need not wait for this read.
             drop(fetch);
+            self.engine.note_dropped(buf.len() as u64);
             return self.read_base(buf, offset);
         };
         let started = Instant::now();

@@ -195,7 +195,7 @@ fn storing_that_fails_pauses_and_publishes_nothing() {
     let populator = populate::Populator::new(Arc::clone(&core));
     let fetches = super::plan::plan(&core, ByteRange { start: 0, len: 4 * KIB });
     fetches.into_iter().for_each(|part| match part.step {
-        Step::Fetch(fetch) => populator.push(fetch, Room::new(MIB).buffer(4 * KIB).unwrap()),
+        Step::Fetch(fetch) => populator.push(fetch, Room::new(MIB).buffer(4096, 4096).unwrap()),
         other => panic!("{other:?}"),
     });
     populator.stop();

@@ -86,7 +86,7 @@ pub struct Counters {
     pub base_bytes: Counter,
     /// Bytes stored, as data or as zeros.
     pub populated_bytes: Counter,
-    /// Bytes fetched but not stored: quota, disk full, queue full.
+    /// Bytes read of the base but not stored: quota, disk full, no room in memory.
     pub dropped_bytes: Counter,
     /// Attempts to store that failed.
     pub populate_errors: Counter,

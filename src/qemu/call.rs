@@ -138,13 +138,17 @@ pub(super) unsafe fn take_size(
         let bytes = if text.is_null() {
             // From -blockdev a size comes as a number.
             let bytes = (api.symbols.qdict_get_try_int)(options, key.as_ptr(), -1);
-            u64::try_from(bytes)
-                .map_err(|_| Error::new(ErrorKind::Invalid, "a size is 0 or more".to_owned()))
+            u64::try_from(bytes).map_err(|_| {
+                Error::new(ErrorKind::Invalid, "not a number of bytes from 0 to 2^63 - 1")
+            })
         } else {
             size::parse(&CStr::from_ptr(text).to_string_lossy())
         };
         (api.symbols.qdict_del)(options, key.as_ptr());
-        bytes.map(Some)
+        let named = |err: Error| {
+            Error::new(ErrorKind::Invalid, format!("{}: {err}", key.to_string_lossy()))
+        };
+        bytes.map(Some).map_err(named)
     }
 }
 

@@ -256,9 +256,15 @@ impl Request<'_> {
     /// As for [`read`].
     unsafe fn fetch(&self, part: ByteRange, fetch: Fetch) -> Result<(), Errno> {
         let range = fetch.range();
+        let engine = self.node.engine();
         let started = Instant::now();
+        let buffer = engine.buffer(range);
+        if buffer.is_none() {
+            engine.note_dropped(part.len);
+        }
         // SAFETY: as promised by the caller.
-        let Some(data) = (unsafe { self.read_claimed(range) }) else {
+        let data = buffer.and_then(|buffer| unsafe { self.read_claimed(range, buffer) });
+        let Some(data) = data else {
             // The claims first: others need not wait for this request.
             drop(fetch);
             // SAFETY: as promised by the caller.
@@ -268,17 +274,16 @@ impl Request<'_> {
         if let Some(wanted) = data.get(from..from + part.len as usize) {
             self.vector.fill(part, wanted);
         }
-        self.node.engine().fill(fetch, data, started.elapsed());
+        engine.fill(fetch, data, started.elapsed());
         Ok(())
     }
 
-    /// The bytes of a range of the base; `None` where there is no base, no room in memory, or an
-    /// error, which may lie outside what the guest wants.
+    /// The bytes of a range of the base; `None` where there is no base, or an error, which may lie
+    /// outside what the guest wants.
     ///
     /// # Safety
     /// As for [`read`].
-    unsafe fn read_claimed(&self, range: ByteRange) -> Option<Buffer> {
-        let mut data = self.node.engine().buffer(range)?;
+    unsafe fn read_claimed(&self, range: ByteRange, mut data: Buffer) -> Option<Buffer> {
         let mut iov = [iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() }];
         // SAFETY: as promised by the caller; the buffer outlives the read.
         let read = unsafe { read_backing(self.bs, range, &mut iov) };
@@ -305,7 +310,6 @@ impl Request<'_> {
     /// # Safety
     /// As for [`read`].
     unsafe fn check(&self, part: ByteRange, check: Check) -> Result<(), Errno> {
-        let counters = self.node.engine().counters();
         let range = check.range();
         let from = (part.start - range.start) as usize;
         let wanted = from..from + part.len as usize;
@@ -319,6 +323,8 @@ impl Request<'_> {
                 Err(errno) => Err(errno),
             }
         };
+        // Asked for now: this may be another thread than before.
+        let counters = self.node.engine().counters();
         match found {
             Ok((true, data)) => {
                 counters.hit_bytes.add(part.len);
@@ -336,7 +342,12 @@ impl Request<'_> {
         }
         counters.miss_bytes.add(part.len);
         // SAFETY: as promised by the caller.
-        let Some(base) = (unsafe { self.read_claimed(range) }) else {
+        let base = self
+            .node
+            .engine()
+            .buffer(range)
+            .and_then(|buffer| unsafe { self.read_claimed(range, buffer) });
+        let Some(base) = base else {
             // SAFETY: as promised by the caller.
             return unsafe { self.base(part) };
         };

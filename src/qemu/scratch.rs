@@ -13,6 +13,23 @@ thread_local! {
     static KEPT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
+// Neither may become part of a function that a coroutine leaves and enters again in another thread:
+// the compiler could keep the place of the first thread's buffer.
+
+/// The buffer of this thread, which has none until it is put back.
+#[inline(never)]
+fn take_kept() -> Vec<u8> {
+    // A second one at the same time, or one in a thread that ends, finds none.
+    KEPT.try_with(Cell::take).unwrap_or_default()
+}
+
+/// Puts a buffer back, into whatever thread this is.
+#[inline(never)]
+fn keep(bytes: Vec<u8>) {
+    // In a thread that ends it is freed.
+    let _ = KEPT.try_with(|kept| kept.set(bytes));
+}
+
 /// Bytes of whatever was in them before.
 pub(super) struct Scratch {
     bytes: Vec<u8>,
@@ -22,8 +39,7 @@ pub(super) struct Scratch {
 impl Scratch {
     /// `None` where there is no memory for it.
     pub(super) fn new(len: usize) -> Option<Self> {
-        // A second one at the same time, or one in a thread that ends, finds none.
-        let mut bytes = KEPT.try_with(Cell::take).unwrap_or_default();
+        let mut bytes = take_kept();
         if bytes.len() < len {
             bytes.try_reserve_exact(len - bytes.len()).ok()?;
             bytes.resize(len, 0);
@@ -49,9 +65,7 @@ impl DerefMut for Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if self.bytes.len() <= KEPT_MAX {
-            let bytes = std::mem::take(&mut self.bytes);
-            // In a thread that ends it is freed.
-            let _ = KEPT.try_with(|kept| kept.set(bytes));
+            keep(std::mem::take(&mut self.bytes));
         }
     }
 }
