@@ -18,6 +18,7 @@
 //!
 //! Used by `qemu` and the command line; uses `image`, `live`, `format`, `lock` and `error`.
 
+mod ahead;
 mod base;
 mod buffer;
 mod checkpoint;
@@ -43,6 +44,7 @@ use crate::format::{ByteRange, Header, HostOffset};
 use crate::image::{Image, Observer};
 use crate::live::slot::Counters;
 
+use self::ahead::Ahead;
 pub use self::base::OpenBase;
 pub use self::buffer::Buffer;
 use self::buffer::Room;
@@ -96,6 +98,7 @@ impl Default for Options {
 pub struct Engine {
     core: Arc<Core>,
     pool: Pool,
+    ahead: Arc<Ahead>,
     room: Arc<Room>,
     populator: Populator,
     waiter: Waiter,
@@ -110,6 +113,7 @@ impl Engine {
         let core = Arc::new(join::join(path, options)?);
         Ok(Engine {
             pool: Pool::default(),
+            ahead: Ahead::new(Arc::clone(&core)),
             room: Room::new(options.queue_bytes),
             populator: Populator::new(Arc::clone(&core)),
             waiter: Waiter::new(Arc::clone(&core)),
@@ -196,6 +200,15 @@ impl Engine {
         self.populator.push(fetch, data);
     }
 
+    /// Looks at what is around a check that was sound, in another thread, before it is read.
+    pub fn look_ahead(&self, check: &Check) {
+        let (first, last) = check.clusters();
+        self.ahead.look(first, &self.pool);
+        if last != first {
+            self.ahead.look(last, &self.pool);
+        }
+    }
+
     /// Takes the base's bytes for a check that was not sound, the whole of [`Check::range`], to be
     /// stored in place of what is bad. Never blocks.
     pub fn repair(&self, check: Check, base: Buffer) {
@@ -247,6 +260,7 @@ impl Engine {
         self.keeper.stop();
         self.populator.stop();
         self.waiter.stop();
+        self.ahead.stop();
         let writes = NoFileSizeSignal::new();
         checkpoint::last(&self.core);
         drop(writes);

@@ -143,6 +143,7 @@ impl<B: Base> Reader<B> {
         match data {
             Ok((true, data)) => {
                 counters.hit_bytes.add(len);
+                self.engine.look_ahead(&check);
                 buf.copy_from_slice(data.get(from..from + buf.len()).unwrap_or_default());
                 Ok(())
             }

@@ -404,6 +404,50 @@ fn what_was_not_looked_at_since_the_open_is_no_hit() {
     assert_eq!(engine.hit(ByteRange { start: 0, len: 512 }), None);
 }
 
+/// Opens an image again that holds a cluster of ones, with one byte of its sixth subcluster flipped, and
+/// reads the first; waits until the rest was looked at.
+fn looked_ahead(path: &Path) -> (Arc<Engine>, u32) {
+    drop(filled(path, 64 * KIB));
+    let engine = Arc::new(Engine::open(path, &Options::default()).unwrap());
+    let host = engine.core.live().unwrap().entry(0).unwrap().host().unwrap();
+    std::os::unix::fs::FileExt::write_at(
+        &fs::OpenOptions::new().write(true).open(path).unwrap(),
+        &[0],
+        host.0 + 5 * 2 * KIB,
+    )
+    .unwrap();
+    let reader = Reader::new(Arc::clone(&engine), |_: &mut [u8], _: u64| panic!("a base read"));
+    reader.read(&mut [0; 512], 0).unwrap();
+    let started = Instant::now();
+    while engine.core.seen.mask(0).count_ones() < 31 && started.elapsed() < HANG {
+        std::thread::yield_now();
+    }
+    let seen = engine.core.seen.mask(0);
+    (engine, seen)
+}
+
+#[test]
+fn what_is_sound_around_a_first_look_is_seen_before_it_is_read() {
+    let (_dir, path) = new_image(None);
+    let (_engine, seen) = looked_ahead(&path);
+    assert_eq!(seen, !(1 << 5));
+}
+
+#[test]
+fn what_is_bad_is_left_to_the_read_that_comes_to_it() {
+    let (_dir, path) = new_image(None);
+    let (engine, _) = looked_ahead(&path);
+    let before = engine.counters().bad_bytes.get();
+    let mut read = [0; 512];
+    let ones = |buf: &mut [u8], _: u64| {
+        buf.fill(1);
+        Ok(())
+    };
+    Reader::new(Arc::clone(&engine), ones).read(&mut read, 5 * 2 * KIB).unwrap();
+    assert_eq!((before, engine.counters().bad_bytes.get()), (0, 2 * KIB));
+    assert_eq!(read, [1; 512]);
+}
+
 /// What a checkpoint leaves of an image whose live file shows an entry that cannot be.
 fn is_refused_by_the_checkpoint(entry: L2Entry) {
     let (_dir, path) = new_image(None);

@@ -93,7 +93,7 @@ impl Known {
     }
 
     /// The checksum that was read for a subcluster, or something else.
-    fn get(&self, number: u64) -> Option<Checksum> {
+    pub fn get(&self, number: u64) -> Option<Checksum> {
         let window = self.windows.get((number / WINDOW % WINDOWS) as usize)?.get()?;
         let kept = window.get((number % WINDOW) as usize)?;
         Some(Checksum::decode(kept.load(Ordering::Relaxed).to_ne_bytes()))
@@ -138,6 +138,12 @@ impl Check {
         let windows = self.windows();
         let at = self.core.image.layout().checksum_offset(windows.start * WINDOW);
         (at, ((windows.end - windows.start) * WINDOW) as usize * Checksum::SIZE)
+    }
+
+    /// The first and the last cluster that its subclusters lie in.
+    pub(super) fn clusters(&self) -> (u64, u64) {
+        let each = u64::from(SUBCLUSTERS);
+        (self.first / each, (self.first + self.count - 1) / each)
     }
 
     /// The windows that its subclusters lie in.

@@ -8,6 +8,7 @@
 //! Used by `driver`.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::ffi::c_int;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -44,7 +45,7 @@ pub(super) unsafe fn read(
     unsafe { node.watch_base(bs) };
     // SAFETY: a vector of QEMU's (caller).
     let vector = unsafe { Vector::new(qiov, qiov_offset, range) };
-    let request = Request { node, bs, vector };
+    let request = Request { node, bs, vector, waited: Cell::new(false) };
     // SAFETY: as promised by the caller.
     unsafe {
         match node.engine().hit(range) {
@@ -184,6 +185,8 @@ struct Request<'a> {
     node: &'a Node,
     bs: *mut BlockDriverState,
     vector: Vector,
+    /// Whether the page cache did not have all of it.
+    waited: Cell<bool>,
 }
 
 impl Request<'_> {
@@ -329,6 +332,10 @@ impl Request<'_> {
             Ok((true, data)) => {
                 counters.hit_bytes.add(part.len);
                 self.vector.fill(part, data.get(wanted).unwrap_or_default());
+                if !self.waited.get() {
+                    // What is around it is likely to be in the page cache too.
+                    self.node.engine().look_ahead(&check);
+                }
                 return Ok(());
             }
             Ok(_) => {}
@@ -409,6 +416,7 @@ impl Request<'_> {
     /// # Safety
     /// As for [`read`], `rest` being memory of this request.
     unsafe fn read_in_thread(&self, mut rest: Rest) -> Result<(), Errno> {
+        self.waited.set(true);
         // What stands if the thread does not get to say otherwise.
         let result = Arc::new(AtomicI32::new(libc::ECANCELED));
         let sleep = Sleep::new();
