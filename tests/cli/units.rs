@@ -8,13 +8,23 @@ use std::time::{Duration, Instant};
 
 use crate::dir::{Dir, MIB, library};
 
+const UNITS: [&str; 2] = ["vmcache-vm@.service", "vmcache-nbd@.service"];
+
+/// A unit, with its continued lines as one each.
+fn unit_text(unit: &str) -> String {
+    let path = format!("{}/packaging/systemd/{unit}", env!("CARGO_MANIFEST_DIR"));
+    fs::read_to_string(path).unwrap().replace("\\\n", " ")
+}
+
+fn setting<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+}
+
 /// The command of a unit's instance vm1, on one line, for a shell whose variables are the unit's:
 /// an unquoted `$NAME` is cut into words there as well.
 fn command_of(unit: &str, key: &str, dir: &Dir) -> String {
-    let path = format!("{}/packaging/systemd/{unit}", env!("CARGO_MANIFEST_DIR"));
-    let text = fs::read_to_string(path).unwrap().replace("\\\n", " ");
-    let key = format!("{key}=");
-    let line = text.lines().find_map(|line| line.strip_prefix(&key)).unwrap();
+    let text = unit_text(unit);
+    let line = setting(&text, key).unwrap();
     let root = dir.text("");
     line.replace("$$", "$")
         .replace("%i", "vm1")
@@ -22,6 +32,17 @@ fn command_of(unit: &str, key: &str, dir: &Dir) -> String {
         .replace("%C", &format!("{root}cache"))
         .replace("%S", &format!("{root}lib"))
         .replace("/usr/bin/vmcache ", &format!("exec {} ", env!("CARGO_BIN_EXE_vmcache")))
+}
+
+/// The directories that systemd makes for an instance vm1.
+fn directories_of(unit: &str) -> Vec<String> {
+    let text = unit_text(unit);
+    let keys =
+        [("CacheDirectory", "cache"), ("StateDirectory", "lib"), ("RuntimeDirectory", "run")];
+    keys.iter()
+        .filter_map(|(key, root)| Some(format!("{root}/{}", setting(&text, key)?)))
+        .map(|name| name.replace("%i", "vm1"))
+        .collect()
 }
 
 fn shell(dir: &Dir, command: &str) -> Command {
@@ -41,8 +62,8 @@ fn shell(dir: &Dir, command: &str) -> Command {
 /// A directory in the place of the file system's root, with what systemd makes for the units.
 fn node() -> Dir {
     let dir = Dir::with_base(2 * MIB);
-    let made = ["run/vmcache-vm/vm1", "run/vmcache-nbd/vm1", "cache/vmcache", "lib/vmcache"];
-    made.iter().for_each(|name| fs::create_dir_all(dir.path(name)).unwrap());
+    let made = UNITS.into_iter().flat_map(directories_of);
+    made.for_each(|name| fs::create_dir_all(dir.path(&name)).unwrap());
     dir
 }
 
@@ -73,7 +94,7 @@ fn the_unit_of_a_machine_starts_qemu_with_a_monitor_that_stops_it() {
     let made = shell(&dir, &command_of(unit, "ExecStartPre", &dir)).status().unwrap();
     assert!(made.success());
     let mut service = Service(shell(&dir, &command_of(unit, "ExecStart", &dir)).spawn().unwrap());
-    eventually(|| dir.path("lib/vmcache/vm1.qcow2").exists());
+    eventually(|| dir.path("lib/vmcache-vm/vm1.qcow2").exists());
     // A machine without a power button does not hear of it; QEMU takes the line all the same.
     let stop = command_of(unit, "ExecStop", &dir);
     assert!(stop.contains("echo system_powerdown >"), "{stop}");
@@ -82,13 +103,30 @@ fn the_unit_of_a_machine_starts_qemu_with_a_monitor_that_stops_it() {
     let mut stopping = shell(&dir, &quit).env("MAINPID", &pid).spawn().unwrap();
     assert!(service.0.wait().unwrap().success());
     assert!(stopping.wait().unwrap().success());
-    assert_eq!(dir.names("cache/vmcache").len(), 2);
+    assert_eq!(dir.names("cache/vmcache-vm").len(), 2);
+}
+
+/// systemd hands all that is in such a directory to the unit's user: root's own caches and machines,
+/// and libvirt's, are in directories called vmcache.
+#[test]
+fn the_units_have_directories_that_nothing_else_uses() {
+    let all: Vec<String> = UNITS.into_iter().flat_map(directories_of).collect();
+    let expected = [
+        "cache/vmcache-vm",
+        "lib/vmcache-vm",
+        "run/vmcache-vm/vm1",
+        "cache/vmcache-nbd",
+        "run/vmcache-nbd/vm1",
+    ];
+    assert_eq!(all, expected);
+    let condition = setting(&unit_text(UNITS[1]), "ConditionPathExists").map(str::to_owned);
+    assert_eq!(condition.as_deref(), Some("/var/cache/vmcache-nbd/%i.cache"));
 }
 
 #[test]
 fn the_unit_of_an_export_serves_the_cache() {
     let dir = node();
-    let cache = "cache/vmcache/vm1.cache";
+    let cache = "cache/vmcache-nbd/vm1.cache";
     dir.vmcache(&["create", "-q", "-b", &dir.text("base.raw"), "-F", "raw", cache]).exits(0);
     let command = command_of("vmcache-nbd@.service", "ExecStart", &dir);
     let _service = Service(shell(&dir, &command).spawn().unwrap());
