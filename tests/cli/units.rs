@@ -31,6 +31,7 @@ fn command_of(unit: &str, key: &str, dir: &Dir) -> String {
         .replace("%t", &format!("{root}run"))
         .replace("%C", &format!("{root}cache"))
         .replace("%S", &format!("{root}lib"))
+        .replace("/bin/sh ", "exec /bin/sh ")
         .replace("/usr/bin/vmcache ", &format!("exec {} ", env!("CARGO_BIN_EXE_vmcache")))
 }
 
@@ -87,6 +88,14 @@ impl Drop for Service {
     }
 }
 
+/// Whether a service, which is a shell, runs this program now.
+fn runs(service: &Child, program: &str) -> bool {
+    let pid = service.id();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let name = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    children.split_whitespace().any(|pid| name(pid).trim() == program)
+}
+
 #[test]
 fn the_unit_of_a_machine_starts_qemu_with_a_monitor_that_stops_it() {
     let dir = node();
@@ -104,6 +113,36 @@ fn the_unit_of_a_machine_starts_qemu_with_a_monitor_that_stops_it() {
     assert!(service.0.wait().unwrap().success());
     assert!(stopping.wait().unwrap().success());
     assert_eq!(dir.names("cache/vmcache-vm").len(), 2);
+}
+
+/// As after the guest has powered itself off: the pipe is there, and QEMU at its other end is gone.
+#[test]
+fn stopping_a_machine_that_has_ended_waits_for_nobody() {
+    let dir = node();
+    shell(&dir, &command_of(UNITS[0], "ExecStartPre", &dir)).status().unwrap();
+    let stop = command_of(UNITS[0], "ExecStop", &dir);
+    let mut ended = Command::new("true").spawn().unwrap();
+    ended.wait().unwrap();
+    for pid in ["", &ended.id().to_string()] {
+        let mut stopping = Service(shell(&dir, &stop).env("MAINPID", pid).spawn().unwrap());
+        eventually(|| stopping.0.try_wait().unwrap().is_some_and(|status| status.success()));
+    }
+}
+
+/// QEMU may go between the look at it and the line for it.
+#[test]
+fn the_line_that_stops_a_machine_needs_no_reader() {
+    let dir = node();
+    shell(&dir, &command_of(UNITS[0], "ExecStartPre", &dir)).status().unwrap();
+    let mut machine = Service(Command::new("sleep").arg("60").spawn().unwrap());
+    let pid = machine.0.id().to_string();
+    let stop = command_of(UNITS[0], "ExecStop", &dir);
+    let mut stopping = Service(shell(&dir, &stop).env("MAINPID", &pid).spawn().unwrap());
+    // The wait that follows the line.
+    eventually(|| runs(&stopping.0, "sleep"));
+    machine.0.kill().unwrap();
+    machine.0.wait().unwrap();
+    assert!(stopping.0.wait().unwrap().success());
 }
 
 /// systemd hands all that is in such a directory to the unit's user: root's own caches and machines,
