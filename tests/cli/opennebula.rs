@@ -1,6 +1,6 @@
 //! The example for OpenNebula (`packaging/examples/opennebula`): its `clone`, run as the front-end runs
-//! it. ssh and systemctl are replaced by what they would do here; vmcache, qemu-nbd and qemu-img are
-//! the real ones.
+//! it. ssh, systemctl and what changes users are replaced by what they would do here; vmcache, qemu-nbd
+//! and qemu-img are the real ones.
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
@@ -9,19 +9,24 @@ use crate::dir::{Dir, MIB, Run, content, library};
 
 const CLONE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/examples/opennebula/clone");
 
-/// A host with an image datastore.
+/// A host with two image datastores, on which vmcache was just installed. Only the user vmcache, whom
+/// the environment tells, may run `vmcache`.
 fn host() -> Dir {
     let dir = Dir::new();
-    let made = ["bin", "images", "caches", "sockets"];
+    let made = ["bin", "images", "others", "sockets"];
     made.iter().for_each(|name| fs::create_dir(dir.path(name)).unwrap());
     dir.write("images/4f2a", &content(2 * MIB));
-    program(&dir, "vmcache", "exec \"$VMCACHE\" \"$@\"");
+    dir.write("others/4f2a", &content(MIB));
+    program(&dir, "vmcache", "[ \"$AS\" = vmcache ] && exec \"$VMCACHE\" \"$@\"");
+    program(&dir, "sudo", "shift; exec \"$@\"");
+    program(&dir, "runuser", "AS=$2; export AS; shift 3; exec \"$@\"");
+    program(&dir, "install", "echo \"$*\" >>installed; shift 7; exec mkdir -p \"$1\"");
     program(&dir, "ssh", "echo \"$1\" >>hosts; shift; exec sh -c \"$*\"");
-    program(&dir, "chown", "exit 0");
+    program(&dir, "chown", "exit 1");
     program(
         &dir,
         "systemctl",
-        "name=${2#vmcache-nbd@}; name=${name%.service}; socket=sockets/$name/nbd.sock\n\
+        "AS=vmcache; export AS; name=${2#vmcache-nbd@}; name=${name%.service}; socket=sockets/$name/nbd.sock\n\
          mkdir sockets/$name 2>/dev/null || exit 0\n\
          vmcache exec qemu-nbd --fork --pid-file=$PWD/pid -r -t -e 0 -k $PWD/$socket \
          --image-opts driver=vmcache,file.filename=$PWD/caches/$name.cache >/dev/null 2>&1",
@@ -90,6 +95,36 @@ fn machines_that_are_cloned_at_once_share_one_cache() {
     assert_eq!(info["cached-bytes"], 2 * MIB);
     assert_eq!(info["backing-filename"], dir.text("images/4f2a"));
     assert_eq!(fs::read_to_string(dir.path("hosts")).unwrap(), "node1\n".repeat(4));
+    let made = format!("-d -o vmcache -g vmcache -m 750 {}\n", dir.text("caches"));
+    assert_eq!(fs::read_to_string(dir.path("installed")).unwrap(), made.repeat(4));
+}
+
+#[test]
+fn the_cache_of_another_datastores_image_is_not_taken() {
+    let dir = host();
+    let first = arguments(&dir, 0);
+    Run::of(&mut clone(&dir, &first.each_ref().map(String::as_str))).exits(0);
+    let _served = Served(&dir);
+    let mut second = arguments(&dir, 1);
+    second[0] = format!("fe:{}", dir.text("others/4f2a"));
+    let [image, other] = ["images/4f2a", "others/4f2a"].map(|name| dir.text(name));
+    Run::of(&mut clone(&dir, &second.each_ref().map(String::as_str)))
+        .exits(1)
+        .complains(&format!("is of {image} (raw), not of {other} (raw)"));
+    assert!(!dir.path("system/1").exists());
+}
+
+#[test]
+fn a_cache_of_the_image_in_another_format_is_not_taken() {
+    let dir = host();
+    fs::create_dir(dir.path("caches")).unwrap();
+    let made = ["create", "-q", "-b", &dir.text("images/4f2a"), "-F", "raw", "caches/4f2a.cache"];
+    dir.vmcache(&made).exits(0);
+    let arguments = arguments(&dir, 0);
+    Run::of(clone(&dir, &arguments.each_ref().map(String::as_str)).env("VMCACHE_FORMAT", "qcow2"))
+        .exits(1)
+        .complains("4f2a (raw), not of");
+    assert!(!dir.path("system").exists());
 }
 
 #[test]
