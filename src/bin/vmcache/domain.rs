@@ -26,6 +26,8 @@ const LEAST_MEMORY: u64 = 1 << 20;
 /// The options of `vmcache drive` that only a libvirt domain has.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Options for libvirt")]
+// Its name would be that of drive's own group, which clap refuses in debug builds.
+#[group(skip)]
 pub struct Args {
     /// UNIX socket of the cache's NBD export (libvirt-nbd)
     #[arg(long, value_name = "SOCKET")]
