@@ -37,6 +37,7 @@ readonly -A DEPS_PACKAGES=(
     [lint]="shellcheck"
     [deb]="debhelper dpkg-dev"
     [units]="systemd"
+    [shells]="zsh fish"
 )
 
 # deps_groups                prints the names of all groups, one a line
