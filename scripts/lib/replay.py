@@ -3,7 +3,8 @@
 
 base    makes a raw image whose blocks that the trace reads all hold data
 run     starts the readers, opens the image in each, then hands all of them the
-        whole trace at the same instant; leaves seconds and processor time
+        whole trace at the same instant; leaves processor time, and seconds from
+        before the first reader is started, so that opening counts
 note    prints that result as one line, with what else the caller knows
 report  prints a table of such lines, and judges it
 
@@ -127,17 +128,17 @@ class Reader:
 def replay(commands, text):
     """Runs the commands, each a qemu-io with an image, and hands all of them the text at once.
 
-    Gives the seconds until each was done, the quickest first, and the processor seconds of all,
-    from their start to their end.
+    Gives the seconds until each was done, the quickest first, and the processor seconds of all.
+    Both begin before the first of them is started: opening its image is a part of a machine's start.
     """
     readers = []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.monotonic()
     try:
         for command in commands:
             readers.append(Reader(command))
         for reader in readers:
             reader.wait_for_mark()
-        began = time.monotonic()
         for reader in readers:
             reader.start(text, began)
         for reader in readers:

@@ -97,6 +97,14 @@ class Traces(unittest.TestCase):
         self.assertEqual(sum(sleeps(replay.script(trace, 0.1))), 100)
 
 
+class Replays(unittest.TestCase):
+    def test_opening_the_image_is_a_part_of_the_start(self):
+        # Like a qemu-io that takes a while to open its image.
+        reader = "sleep 0.3; while read -r word _; do [ $word = read ] || echo 4 KiB; done"
+        seconds, _ = replay.replay([["sh", "-c", reader]], replay.script(TRACE))
+        self.assertGreaterEqual(seconds[0], 0.3)
+
+
 class Rounds(unittest.TestCase):
     def test_every_second_round_goes_the_other_way_about(self):
         cells = [Cell(name, 1, None) for name in "abc"]
