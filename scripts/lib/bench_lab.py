@@ -19,6 +19,7 @@ import time
 
 import replay
 import report
+from bench_report import STORED
 
 # A child of this process that must not outlive it, even after kill -9.
 BOUND = ("setpriv", "--pdeathsig", "KILL", "--")
@@ -275,9 +276,10 @@ class FullCopy(Competitor):
 
 
 class CopyOnRead(Competitor):
-    """QEMU's own copy-on-read into a qcow2, one image for each machine."""
+    """QEMU's own copy-on-read into a qcow2, one image for each machine. What is in a finished image
+    is read as anybody would, with copy-on-read off."""
 
-    phases = ("cold", "warm")
+    phases = ("cold", "finished")
 
     def __init__(self, cluster=64 << 10, extended=False):
         self.cluster, self.extended = cluster, extended
@@ -297,7 +299,7 @@ class CopyOnRead(Competitor):
 
         def machine(node, phase):
             image = f"driver=qcow2,file.filename={value(directory)}/node-{node}.qcow2"
-            return Machine(image, network.on_node(), copy_on_read=True)
+            return Machine(image, network.on_node(), copy_on_read=phase == "cold")
 
         yield machine
 
@@ -439,7 +441,7 @@ def measure(lab, network, competitor, machines, nodes, boot_seconds=0.0, repeats
 
     phases = []
     for phase in competitor.phases:
-        phases += [phase] * (repeats if phase in ("warm", "copied") or isinstance(competitor, Local) else 1)
+        phases += [phase] * (repeats if phase in STORED or isinstance(competitor, Local) else 1)
     with lab.scratch() as directory, competitor.open(lab, network, directory, nodes) as machine:
         for phase in phases:
             received, sent = network.received(), network.sent()

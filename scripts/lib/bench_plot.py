@@ -186,11 +186,16 @@ def sizes(axis):
 
 
 def is_warm(row):
-    return row["competitor"].endswith(("warm", "copied")) or row["competitor"].startswith("local")
+    return row["competitor"].endswith(bench_report.STORED) or row["competitor"].startswith("local")
 
 
 def is_cold(row):
     return row["competitor"].endswith(("cold", "with copying"))
+
+
+def without_phase(name):
+    first, _, last = name.rpartition(" ")
+    return first if last in ("cold", *bench_report.STORED) else name
 
 
 def nodes(rows):
@@ -218,7 +223,7 @@ def starts(rows):
     figure, axes = panels(1, 2, width=5.4, height=4.4)
     for axis, chosen, when in zip(axes[0], (is_cold, is_warm), ("First start", "Later starts")):
         shown = [
-            {**row, "competitor": row["competitor"].removesuffix(" cold").removesuffix(" warm").removesuffix(" copied")}
+            {**row, "competitor": without_phase(row["competitor"])}
             for row in mine
             if chosen(row) or row["competitor"].startswith("plain")
         ]

@@ -11,6 +11,7 @@ import os
 
 import bench_lab
 from bench_lab import Chained, CopyOnRead, FullCopy, Local, Nbdkit, Plain, Vmcache, measure
+from bench_report import STORED
 
 MIB = 1 << 20
 # What a read of the slow disk of `bases` takes.
@@ -39,7 +40,7 @@ def cell(lab, network, competitor, machines, nodes, boot_seconds=0.0, rounds=99,
         for row in measure(lab, network, competitor, machines, nodes, boot_seconds, repeats):
             yield {**row, **more}
 
-    fetching = any(phase != "warm" for phase in competitor.phases) and not isinstance(competitor, Local)
+    fetching = any(phase not in STORED for phase in competitor.phases) and not isinstance(competitor, Local)
     seconds = guess(lab, network, machines, machines if fetching else 0) + boot_seconds * len(competitor.phases)
     machine = "machine" if machines == 1 else "machines"
     return Cell(f"{competitor.title}, {machines} {machine}, {network.name} link", seconds, call, rounds)

@@ -1,7 +1,7 @@
 """bench_report.py - what a run of bench found: tables of medians, and which targets
 are met.
 
-Used by: bench.py and bench_plot.py.
+Used by: bench.py and its experiments, bench_plot.py and bench_readme.py.
 Promises: figures are medians over the rounds, with the least and the greatest beside
 the first one where there are several. What was not measured is in no table and meets
 no target.
@@ -15,6 +15,8 @@ MIB = 1 << 20
 # What `reads` tells apart (bench_reads.py), and two of its kinds.
 FIRST, REPEATED, EMPTY = "first reads", "repeated reads", "page cache empty"
 FLOOR, DIRECT = "preadv2 alone", "raw native O_DIRECT"
+# The phases of a competitor (bench_lab.py) in which nothing has to be fetched.
+STORED = ("warm", "finished", "copied")
 # How many reads of `queue` are under way where it is judged.
 QUEUE_DEPTH = 4
 # 4 KiB at random: the depth, the other, how many times its reads in a second.
@@ -96,7 +98,8 @@ CACHED = ("image MB", "image-bytes", megabytes)
 TABLES = {
     "nodes": (
         "One base, one machine on each node, a cache for each node; chained: empty caches behind a warm one\n"
-        "that the storage node publishes in its memory (a qcow2 in a tmpfs, over NFS)",
+        "that the storage node publishes in its memory (a qcow2 in a tmpfs, over NFS); finished: copy-on-read off\n"
+        "again, from the images it made",
         [("network", "{} link"), ("boot-seconds", "{:g} s of think time")],
         [("nodes", "nodes", str), ("competitor", "", str)],
         REPLAY,

@@ -10,11 +10,13 @@ import re
 import sys
 import tempfile
 import unittest
+import unittest.mock
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, f"{CHECKOUT}/scripts/lib")
 
 import bench
+import bench_lab
 import bench_plot
 import bench_readme
 import bench_report
@@ -103,6 +105,15 @@ class Replays(unittest.TestCase):
         reader = "sleep 0.3; while read -r word _; do [ $word = read ] || echo 4 KiB; done"
         seconds, _ = replay.replay([["sh", "-c", reader]], replay.script(TRACE))
         self.assertGreaterEqual(seconds[0], 0.3)
+
+
+class Competitors(unittest.TestCase):
+    def test_a_finished_image_is_read_with_copy_on_read_off(self):
+        lab, network = unittest.mock.Mock(), unittest.mock.Mock(bases=[])
+        network.on_node.return_value = []
+        with bench_lab.CopyOnRead().open(lab, network, "/d", 0) as machine:
+            found = [machine(0, phase).replayed()[1] for phase in bench_lab.CopyOnRead.phases]
+        self.assertEqual(found, ["-C", "-r"])
 
 
 class Rounds(unittest.TestCase):
