@@ -16,13 +16,14 @@ import time
 
 import bench_lab
 from bench_replay import Cell
-from bench_report import QUEUE_DEPTH
+from bench_report import IDLE
 
 # How long a machine is left alone before it is looked at: longer than a checkpoint takes to come.
 IDLE_SECONDS = 3
 # The options that the most memory is taken with.
 QUEUES = ("populate=off", "populate=on", "populate=on,populate-queue=8M")
 QUEUE_READ = 2 << 20
+QUEUE_DEPTHS = (1, 4, 64)
 
 
 class Monitor:
@@ -113,12 +114,12 @@ def memory(lab, settings):
                         **resident(process),
                     }
 
-            yield from rows("started")
+            yield from rows(IDLE[0])
             for name in names:
                 monitor = Monitor(name)
                 for _, offset, length in lab.reads:
                     monitor.read(offset, length)
-            yield from rows("has read a boot")
+            yield from rows(IDLE[1])
 
     yield [
         Cell(
@@ -166,6 +167,6 @@ def queue(lab, settings):
 
         yield [
             Cell(f"{options}, depth {depth}", 1, lambda point=(options, depth): read(*point))
-            for depth in (1, QUEUE_DEPTH, 64)
+            for depth in QUEUE_DEPTHS
             for options in QUEUES
         ]

@@ -3,8 +3,8 @@ are met.
 
 Used by: bench.py and its experiments, bench_plot.py and bench_readme.py.
 Promises: figures are medians over the rounds, with the least and the greatest beside
-the first one where there are several. What was not measured is in no table and meets
-no target.
+the first one where there are several. What was not measured is in no table; its target is
+named if its experiment was run, and neither met nor missed.
 """
 
 import statistics
@@ -17,8 +17,15 @@ FIRST, REPEATED, EMPTY = "first reads", "repeated reads", "page cache empty"
 FLOOR, DIRECT = "preadv2 alone", "raw native O_DIRECT"
 # The phases of a competitor (bench_lab.py) in which nothing has to be fetched.
 STORED = ("warm", "finished", "copied")
-# How many reads of `queue` are under way where it is judged.
-QUEUE_DEPTH = 4
+# What a process may take beyond its queue's bound: what the queue is kept in.
+QUEUE_SLACK = 4 * MIB
+NOT_MEASURED = "not measured here"
+# What the targets are about. Depths of reads; machines that start at once, on as many nodes and on one;
+# how many measurements of many nodes there have to be, as these take the most time; states of a machine.
+DEPTHS = (1, 64)
+MANY_NODES, MANY_MACHINES = 64, 16
+FEWEST_WITH_NODES = 2
+IDLE = ("started", "has read a boot")
 # 4 KiB at random: the depth, the other, how many times its reads in a second.
 WARM_TARGETS = (
     (1, "raw threads", 8),
@@ -248,6 +255,11 @@ def target(text, needed, measured, met, **figures):
     }
 
 
+def unmeasured(text, needed):
+    """A target that there are too few figures for. It is named all the same."""
+    return {"target": text, "needed": needed, "measured": "-", "verdict": NOT_MEASURED}
+
+
 def paired(rows, key, mine, other):
     """Ours as a multiple of another's, round by round: both were measured close to each other."""
     found = []
@@ -258,134 +270,159 @@ def paired(rows, key, mine, other):
     return found
 
 
-def compare(text, limit, times, least=False):
+def compare(text, limit, times, fewest, least=False):
     """A target for multiples: their median at most, or at least, the limit."""
-    if not times:
-        return []
+    needed = f"{'>=' if least else '<='} {limit}"
+    if len(times) < fewest:
+        return unmeasured(text, needed)
     middle = statistics.median(times)
     measured = f"{middle:.3f}"
     if len(times) > 1:
         measured += f" ({min(times):.3f}..{max(times):.3f})"
     met = middle >= limit if least else middle <= limit
-    return [target(text, f"{'>=' if least else '<='} {limit}", measured, met, ratio=middle, ratios=times)]
+    return target(text, needed, measured, met, ratio=middle, ratios=times)
 
 
-def reads(rows):
-    rows = [row for row in rows if row["experiment"] == "reads"]
-
+def reads(rows, fewest):
     def race(text, limit, kind, **where):
         sides = ({"competitor": one, **where} for one in ("vmcache", kind))
-        return compare(f"{text}, against {kind}", limit, paired(rows, "reads-per-second", *sides), least=True)
+        times = paired(rows, "reads-per-second", *sides)
+        return compare(f"{text}, against {kind}", limit, times, fewest, least=True)
 
     found = []
     for state in (REPEATED, FIRST):
         for depth, kind, limit in WARM_TARGETS:
             where = {"state": state, "block-bytes": 4096, "depth": depth}
             text = f"warm 4 KiB random, {state}, depth {depth}"
-            found += race(text, limit, kind, **where)
+            found.append(race(text, limit, kind, **where))
             if kind == FLOOR:
                 # The same in what one thread does, which other work on the machine does not change.
                 sides = ({"competitor": one, **where} for one in ("vmcache", kind))
                 times = paired(rows, "cpu-seconds-per-read", *sides)
-                found += compare(f"{text}, processor time against {kind}", round(1 / limit, 2), times)
-        for depth in sorted({row["depth"] for row in rows if row["block-bytes"] == MIB}):
+                text = f"{text}, processor time against {kind}"
+                found.append(compare(text, round(1 / limit, 2), times, fewest))
+        for depth in DEPTHS:
             where = {"state": state, "block-bytes": MIB, "depth": depth}
-            found += race(f"warm 1 MiB sequential, {state}, depth {depth}", 1, "raw io_uring", **where)
-    for depth in sorted({row["depth"] for row in rows if row["state"] == EMPTY}):
+            found.append(race(f"warm 1 MiB sequential, {state}, depth {depth}", 1, "raw io_uring", **where))
+    for depth in DEPTHS:
         where = {"state": EMPTY, "depth": depth}
-        found += race(f"page cache empty, 4 KiB random, depth {depth}", 1, "raw threads", **where)
+        found.append(race(f"page cache empty, 4 KiB random, depth {depth}", 1, "raw threads", **where))
     return found
 
 
-def replays(rows):
-    wanted = ("nodes", "shaped", 0)
-    rows = [row for row in rows if (row["experiment"], row.get("network"), row.get("boot-seconds")) == wanted]
+def replays(rows, fewest):
+    rows = [row for row in rows if (row["network"], row["boot-seconds"]) == ("shaped", 0)]
 
     def of(key, kind, nodes):
-        return median(rows, key, competitor=kind, nodes=nodes)
+        """The median, where there is more than one measurement."""
+        chosen = [row for row in rows if (row["competitor"], row["nodes"]) == (kind, nodes)]
+        return median(chosen, key) if len(chosen) >= FEWEST_WITH_NODES else None
 
-    one = {kind: of("last-seconds", kind, 1) for kind in ("vmcache warm", "local raw file")}
     cold, plain = ({"competitor": kind, "nodes": 1} for kind in ("vmcache cold", "plain NFS"))
     times = paired(rows, "last-seconds", cold, plain)
-    found = compare("cold boot, 1 Gbit/s: time against plain NFS", 1.02, times)
+    found = [compare("cold boot, 1 Gbit/s: time against plain NFS", 1.02, times, fewest)]
     times = [distinct(row) for row in rows if row["competitor"] == "vmcache cold" and row["nodes"] == 1]
-    found += compare("cold boot, 1 Gbit/s: bytes against the distinct blocks", 1.02, times)
+    found.append(compare("cold boot, 1 Gbit/s: bytes against the distinct blocks", 1.02, times, fewest))
+
     many = [row["nodes"] for row in rows if row["competitor"] == "vmcache warm" and row["nodes"] > 1]
-    if not many or one["vmcache warm"] is None:
-        return found
-    most = max(many)
-    last, local = of("last-seconds", "vmcache warm", most), of("last-seconds", "local raw file", most)
-    if local is not None:
+    most = max(many, default=MANY_NODES)
+    one, last = (of("last-seconds", "vmcache warm", count) for count in (1, most))
+    local_one, local = (of("last-seconds", "local raw file", count) for count in (1, most))
+    text = f"{most} nodes warm: the slowest, against 1.1 times one node plus what the processors cost"
+    if None in (one, last, local_one, local):
+        found.append(unmeasured(text, "-"))
+    else:
         # What as many readers of a local raw file take longer than one is what the processors cost.
-        cost = max(local - one["local raw file"], 0.0)
-        allowed = 1.1 * one["vmcache warm"] + cost
-        needed = f"<= {allowed:.2f} s"
-        text = f"{most} nodes warm: the slowest, against 1.1 times one node ({one['vmcache warm']:.2f} s)"
-        text += f" plus {cost:.2f} s for the processors"
+        cost = max(local - local_one, 0.0)
+        allowed = 1.1 * one + cost
+        needed = f"<= {allowed:.2f} s (1.1 x {one:.2f} + {cost:.2f})"
         found.append(target(text, needed, f"{last:.2f} s", last <= allowed, ratio=last / allowed, nodes=most))
-    warm, plain = of("link-bytes", "vmcache warm", most), of("link-bytes", "plain NFS", most)
-    if plain is not None:
+    warm, plain = (of("link-bytes", kind, most) for kind in ("vmcache warm", "plain NFS"))
+    text = f"{most} nodes warm: bytes of plain NFS's"
+    if None in (warm, plain):
+        found.append(unmeasured(text, "< 1 %"))
+    else:
         part = warm / plain
-        text = f"{most} nodes warm: bytes of plain NFS's ({plain / 1e9:.2f} GB)"
-        found.append(target(text, "< 1 %", f"{part:.3%}", part < 0.01, ratio=part, nodes=most))
+        measured = f"{part:.3%} of {plain / 1e9:.2f} GB"
+        found.append(target(text, "< 1 %", measured, part < 0.01, ratio=part, nodes=most))
     return found
 
 
-def sharing(rows):
-    rows = [row for row in rows if row["experiment"] == "together" and row["competitor"] == "vmcache cold"]
-    most = max((row["machines"] for row in rows), default=1)
-    if most == 1:
-        return []
+def sharing(rows, fewest):
+    rows = [row for row in rows if row["competitor"] == "vmcache cold"]
+    most = max((row["machines"] for row in rows if row["machines"] > 1), default=MANY_MACHINES)
     text = f"{most} machines on one node, cold: base bytes against one machine's"
-    return compare(text, 1.05, paired(rows, "link-bytes", {"machines": most}, {"machines": 1}))
+    return [compare(text, 1.05, paired(rows, "link-bytes", {"machines": most}, {"machines": 1}), fewest)]
 
 
-def memory(rows):
-    rows = [row for row in rows if row["experiment"] == "memory"]
+def memory(rows, fewest):
     found = []
-    for (machines, state), group in groups(rows, ["machines", "state"]):
-        mine, plain = (
-            statistics.mean(row["rss-bytes"] for row in group if row["competitor"] == kind)
-            if any(row["competitor"] == kind for row in group)
-            else None
-            for kind in ("vmcache", "plain NFS")
-        )
-        if mine is None or plain is None:
-            continue
-        more = mine - plain
-        text = f"memory of an idle machine more than without ({machines} at once, {state})"
-        found.append(target(text, "< 8 MiB", f"{more / MIB:.1f} MiB", more < 8 * MIB, bytes=more))
+    for machines in sorted({row["machines"] for row in rows}) or [1]:
+        for state in IDLE:
+            sides = [
+                [
+                    row["rss-bytes"]
+                    for row in rows
+                    if (row["competitor"], row["machines"], row["state"]) == (kind, machines, state)
+                ]
+                for kind in ("vmcache", "plain NFS")
+            ]
+            text = f"memory of an idle machine more than without ({machines} at once, {state})"
+            if min(map(len, sides)) < fewest:
+                found.append(unmeasured(text, "< 8 MiB"))
+                continue
+            more = statistics.mean(sides[0]) - statistics.mean(sides[1])
+            found.append(target(text, "< 8 MiB", f"{more / MIB:.1f} MiB", more < 8 * MIB, bytes=more))
     return found
 
 
-def opening(rows):
-    rows = [row for row in rows if row["experiment"] == "open" and row["competitor"] == "vmcache"]
+def opening(rows, fewest):
+    rows = [row for row in rows if row["competitor"] == "vmcache"]
     sizes = ({"virtual-bytes": 1 << bits} for bits in (40, 30))
-    return compare("opening a warm 1 TiB image, against one of 1 GiB", 2, paired(rows, "seconds", *sizes))
+    times = paired(rows, "seconds", *sizes)
+    return [compare("opening a warm 1 TiB image, against one of 1 GiB", 2, times, fewest)]
 
 
-def queue(rows):
-    rows = [row for row in rows if row["experiment"] == "queue" and row["depth"] == QUEUE_DEPTH]
-    without = [row["peak-bytes"] for row in rows if row["competitor"].endswith("off")]
+def queue(rows, fewest):
     found = []
     for option, name, bound in (("populate=on", "populate queue", 64), ("=8M", "populate-queue=8M", 8)):
-        mine = [row for row in rows if row["competitor"].endswith(option)]
-        if not without or not mine:
+        text = f"{name}, full: the most memory more than with populate=off, at the worst depth"
+        needed = f"<= {bound} + {QUEUE_SLACK / MIB:.0f} MiB"
+        worst = {}
+        for depth in sorted({row["depth"] for row in rows}):
+            here = [row for row in rows if row["depth"] == depth]
+            mine = [row for row in here if row["competitor"].endswith(option)]
+            without = [row["peak-bytes"] for row in here if row["competitor"].endswith("off")]
+            # A queue that was never full did not show its bound.
+            full = [row["peak-bytes"] for row in mine if row["dropped-bytes"]]
+            if full and min(len(mine), len(without)) >= fewest:
+                worst[depth] = max(full) - statistics.median(without)
+        if not worst:
+            found.append(unmeasured(text, needed))
             continue
-        # A read under way has its request's own memory, and what QEMU copies it through.
-        under_way = 2 * QUEUE_DEPTH * rows[0]["block-bytes"]
-        needed = f"<= {bound} + {under_way / MIB:.0f} MiB"
-        text = f"{name}, full, and {QUEUE_DEPTH} reads under way: the most memory more than with populate=off"
-        full = [row["peak-bytes"] for row in mine if row["dropped-bytes"]]
-        if not full:
-            # It was never full, so its bound was not met either.
-            found.append({"target": text, "needed": needed, "measured": "-", "verdict": "not measured here"})
-            continue
-        more = max(full) - statistics.median(without)
-        found.append(target(text, needed, f"{more / MIB:.1f} MiB", more <= bound * MIB + under_way, bytes=more))
+        depth = max(worst, key=worst.get)
+        more = worst[depth]
+        measured = f"{more / MIB:.1f} MiB (depth {depth})"
+        found.append(target(text, needed, measured, more <= bound * MIB + QUEUE_SLACK, bytes=more, depth=depth))
     return found
 
 
-def targets(rows):
-    """Every target for which there are figures."""
-    return reads(rows) + replays(rows) + sharing(rows) + memory(rows) + queue(rows) + opening(rows)
+# By experiment; the others have none.
+TARGETS = {
+    "reads": reads,
+    "nodes": replays,
+    "together": sharing,
+    "memory": memory,
+    "queue": queue,
+    "open": opening,
+}
+
+
+def targets(results):
+    """Every target of the experiments that were run, with figures or without."""
+    fewest = 2 if results["settings"]["quick"] else 3
+    found = []
+    for name, judge in TARGETS.items():
+        if name in results["experiment-seconds"]:
+            found += judge([row for row in results["measurements"] if row["experiment"] == name], fewest)
+    return found

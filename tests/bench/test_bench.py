@@ -30,6 +30,10 @@ with open(f"{CHECKOUT}/tests/data/bench-results.json", encoding="utf-8") as line
     RUN = json.load(lines)
 
 
+SLOWEST = "64 nodes warm: the slowest, against 1.1 times one node plus what the processors cost"
+FULL_QUEUE = "populate queue, full: the most memory more than with populate=off, at the worst depth"
+
+
 def sleeps(script):
     return [int(wait) for wait in re.findall(rb"sleep (\d+)\n", script)]
 
@@ -62,19 +66,22 @@ def replay_row(kind, nodes, seconds, moved=0):
     }
 
 
-def queue_row(populate, peak, dropped=0):
+def queue_row(populate, peak, dropped=0, depth=4):
     return {
         "experiment": "queue",
         "competitor": f"vmcache populate={populate}",
-        "depth": bench_report.QUEUE_DEPTH,
+        "depth": depth,
         "block-bytes": 2 << 20,
         "peak-bytes": peak << 20,
         "dropped-bytes": dropped,
     }
 
 
-def verdicts(rows):
-    return {target["target"]: target["verdict"] for target in bench_report.targets(rows)}
+def verdicts(rows, *more, quick=False):
+    """By target, of a run of the experiments that the rows are of, and more."""
+    run = dict.fromkeys([*(row["experiment"] for row in rows), *more])
+    results = {"settings": {"quick": quick}, "experiment-seconds": run, "measurements": rows}
+    return {target["target"]: target["verdict"] for target in bench_report.targets(results)}
 
 
 class Traces(unittest.TestCase):
@@ -164,11 +171,11 @@ class Targets(unittest.TestCase):
         rows = [read_row(number, "vmcache", rate) for number, rate in enumerate((96, 97, 50), 1)]
         rows += [read_row(number, bench_report.FLOOR, 100) for number in (1, 2, 3)]
         found = verdicts(rows)
-        self.assertEqual(found[f"warm 4 KiB random, repeated reads, depth 1, against {bench_report.FLOOR}"], "met")
-        self.assertEqual(set(found.values()), {"met"})
+        text = f"warm 4 KiB random, repeated reads, depth 1, {{}}against {bench_report.FLOOR}"
+        self.assertEqual([found[text.format(what)] for what in ("", "processor time ")], ["met", "met"])
 
     def test_first_reads_are_judged_by_themselves(self):
-        rows = [read_row(1, kind, rate, state=state) for kind, state, rate in (
+        rows = [read_row(number, kind, rate, state=state) for number in (1, 2, 3) for kind, state, rate in (
             ("vmcache", bench_report.FIRST, 90),
             (bench_report.FLOOR, bench_report.FIRST, 100),
             ("vmcache", bench_report.REPEATED, 100),
@@ -178,32 +185,52 @@ class Targets(unittest.TestCase):
         text = "warm 4 KiB random, {} reads, depth 1, against " + bench_report.FLOOR
         self.assertEqual([found[text.format(state)] for state in ("repeated", "first")], ["met", "NOT MET"])
 
+    def test_two_rounds_judge_nothing_but_in_a_quick_run(self):
+        rows = [read_row(number, kind, 100) for number in (1, 2) for kind in ("vmcache", "raw io_uring")]
+        text = "warm 4 KiB random, repeated reads, depth 1, against raw io_uring"
+        found = [verdicts(rows, quick=quick)[text] for quick in (False, True)]
+        self.assertEqual(found, ["not measured here", "NOT MET"])
+
     def test_many_nodes_may_take_what_local_readers_take_longer(self):
-        rows = [replay_row("vmcache warm", 1, 1.0), replay_row("local raw file", 1, 0.5)]
-        rows += [replay_row("vmcache warm", 64, 4.5), replay_row("local raw file", 64, 4.0)]
-        self.assertEqual(list(verdicts(rows).values()), ["met"])
-        rows[2]["last-seconds"] = 4.7
-        self.assertEqual(list(verdicts(rows).values()), ["NOT MET"])
+        rows = 2 * [replay_row("vmcache warm", 1, 1.0), replay_row("local raw file", 1, 0.5)]
+        rows += 2 * [replay_row("local raw file", 64, 4.0)]
+        found = [verdicts(rows + 2 * [replay_row("vmcache warm", 64, last)])[SLOWEST] for last in (4.5, 4.7)]
+        self.assertEqual(found, ["met", "NOT MET"])
+
+    def test_one_start_of_many_nodes_judges_nothing(self):
+        rows = 2 * [replay_row("vmcache warm", 1, 1.0), replay_row("local raw file", 1, 0.5)]
+        rows += [replay_row("local raw file", 64, 4.0), replay_row("vmcache warm", 64, 1.0)]
+        self.assertEqual(verdicts(rows)[SLOWEST], "not measured here")
 
     def test_warm_nodes_may_move_less_than_a_hundredth(self):
-        rows = [replay_row("vmcache warm", 1, 1.0), replay_row("vmcache warm", 64, 1.0, 10)]
-        rows.append(replay_row("plain NFS", 64, 1.0, 1000))
-        self.assertEqual(list(verdicts(rows).values()), ["NOT MET"])
+        rows = 2 * [replay_row("vmcache warm", 64, 1.0, 10), replay_row("plain NFS", 64, 1.0, 1000)]
+        self.assertEqual(verdicts(rows)["64 nodes warm: bytes of plain NFS's"], "NOT MET")
 
     def test_a_queue_is_judged_where_it_was_full(self):
-        rows = [queue_row("off", 10), queue_row("on", 500), queue_row("on", 80, dropped=1)]
-        self.assertEqual(list(verdicts(rows).values()), ["met"])
+        rows = 3 * [queue_row("off", 10), queue_row("on", 500), queue_row("on", 77, dropped=1)]
+        self.assertEqual(verdicts(rows)[FULL_QUEUE], "met")
+
+    def test_a_queue_is_judged_at_its_worst_depth(self):
+        rows = 3 * [queue_row("off", 10), queue_row("on", 20, dropped=1)]
+        rows += 3 * [queue_row("off", 140, depth=64), queue_row("on", 209, dropped=1, depth=64)]
+        self.assertEqual(verdicts(rows)[FULL_QUEUE], "NOT MET")
 
     def test_a_small_queue_is_judged_by_its_own_bound(self):
-        rows = [queue_row("off", 10), queue_row("on,populate-queue=8M", 40, dropped=1)]
-        self.assertEqual(list(verdicts(rows).values()), ["NOT MET"])
+        rows = 3 * [queue_row("off", 10), queue_row("on,populate-queue=8M", 23, dropped=1)]
+        self.assertEqual(verdicts(rows)[FULL_QUEUE.replace("populate queue", "populate-queue=8M")], "NOT MET")
 
     def test_a_queue_that_was_never_full_is_not_judged(self):
-        rows = [queue_row("off", 10), queue_row("on", 20)]
-        self.assertEqual(list(verdicts(rows).values()), ["not measured here"])
+        rows = 3 * [queue_row("off", 10), queue_row("on", 20)]
+        self.assertEqual(verdicts(rows)[FULL_QUEUE], "not measured here")
 
-    def test_what_was_not_measured_has_no_target(self):
-        self.assertEqual(bench_report.targets([]), [])
+    def test_what_was_run_without_figures_is_named_as_not_measured(self):
+        found = verdicts([], *bench_report.TARGETS)
+        self.assertEqual(set(found.values()), {"not measured here"})
+        self.assertGreaterEqual(set(found), {SLOWEST, FULL_QUEUE, "opening a warm 1 TiB image, against one of 1 GiB"})
+        self.assertEqual(len(found), 32)
+
+    def test_an_experiment_that_was_not_run_has_no_target(self):
+        self.assertEqual(verdicts([]), {})
 
 
 class Results(unittest.TestCase):
@@ -230,7 +257,7 @@ class Results(unittest.TestCase):
         self.assertEqual([name for name in named if name not in text], [])
 
     def test_the_targets_of_a_run_are_those_of_its_measurements(self):
-        self.assertEqual(bench_report.targets(RUN["measurements"]), RUN["targets"])
+        self.assertEqual(bench_report.targets(RUN), RUN["targets"])
 
 
 if __name__ == "__main__":
