@@ -28,7 +28,7 @@ import bench_reads
 import bench_replay
 import bench_report
 
-KIB = 1 << 10
+KIB, MIB = 1 << 10, 1 << 20
 
 # In the order of their importance.
 EXPERIMENTS = {
@@ -56,11 +56,11 @@ QUICK = {
     "boot-seconds": 10,
     "together": [1, 16],
     "together-rounds": {1: 1, 16: 1},
-    "block-sizes": [4 * KIB, KIB * KIB],
+    # Depths by block size.
+    "reads": {4 * KIB: [1, 64], MIB: [1, 64]},
+    "reads-beside": False,
     "direct-block-sizes": [4 * KIB],
-    "depths": [1, 64],
-    "reads-seconds": 0.3,
-    "read-mib": 64,
+    "read-mib": 256,
     "open-sizes-gib": [1, 1024],
     "opens": 200,
     "memory-machines": [4],
@@ -90,11 +90,11 @@ FULL = {
     "boot-seconds": 10,
     "together": [1, 4, 16],
     "together-rounds": {4: 1, 16: 1},
-    "direct-block-sizes": [4 * KIB, KIB * KIB],
-    "block-sizes": [512, 4 * KIB, 64 * KIB, 1024 * KIB, 2048 * KIB],
-    "depths": [1, 8, 64],
-    "reads-seconds": 0.4,
-    "read-mib": 64,
+    # Small blocks take the most time.
+    "reads": {512: [1], 4 * KIB: [1, 8, 64], 64 * KIB: [1, 64], MIB: [1, 64], 2 * MIB: [1, 64]},
+    "reads-beside": True,
+    "direct-block-sizes": [4 * KIB, MIB],
+    "read-mib": 1024,
     "open-sizes-gib": [1, 8, 64, 512, 1024],
     "opens": 400,
     "memory-machines": [1, 16],

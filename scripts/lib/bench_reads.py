@@ -7,11 +7,13 @@ What a block costs when a process reads it first after opening the image, and wh
 costs from then on, is told apart for all kinds alike: one run reads every block of the
 image once and ends, another does the same and then goes on reading. The first is the
 "first reads", the second less the first the "repeated reads". The image is in the page
-cache, and nothing of it is to be fetched, in both.
+cache, and nothing of it is to be fetched, in both. It is larger than a processor's
+caches by far.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -21,15 +23,26 @@ import time
 import bench_lab
 import warm_shared
 from bench_replay import Cell
-from bench_report import DIRECT, EMPTY, FIRST, FLOOR, REPEATED
+from bench_report import DEPTHS, DIRECT, EMPTY, FIRST, FLOOR, MIB, REPEATED
 
 # From this size on reads are sequential; below, in an order that no read-ahead guesses.
-SEQUENTIAL = 1 << 20
+SEQUENTIAL = MIB
 # Reads of an image that the page cache does not have.
 EMPTY_READS = 4000
 # qemu-img tells its time in milliseconds: a pass that is shorter is measured several times.
 PASS_SECONDS = 0.15
 MOST_PASSES = 8
+# Repeated reads are a difference of two times: so many passes more, and so many seconds of them, that
+# it is not made of noise. Where passes are slow, as many as take LONG_SECONDS, and no fewer than two.
+MORE_PASSES, LEAST_PASSES = 8, 2
+MORE_SECONDS, LONG_SECONDS = 1.0, 6.0
+# What is left has to be more than this share of the time that it is taken from.
+LEAST_SHARE = 0.1
+# What a disk is read by in one run, past the page cache.
+DIRECT_BYTES = 64 * MIB
+# About what a machine with two processors makes, for the progress bar: reads in a second, bytes in a second.
+READS, SLOW_READS = 300e3, 60e3
+BANDWIDTH, DISK_BANDWIDTH = 8e9, 0.8e9
 
 
 class WarmLab(warm_shared.Lab):
@@ -42,6 +55,7 @@ class WarmLab(warm_shared.Lab):
         self.kinds[FLOOR] = ["--image-opts", f"driver=floor,filename={bench_lab.value(self.base)}"]
         self.kinds["qcow2 io_uring"] = ["-f", "qcow2", "-i", "io_uring", self.qcow2]
         self.kinds[DIRECT] = ["-f", "raw", "-t", "none", "-i", "native", self.base]
+        self.start_up = functools.cache(self.measure_start_up)
 
     def environment(self, kind):
         return {**os.environ, "LD_PRELOAD": self.floor} if kind == FLOOR else super().environment(kind)
@@ -54,8 +68,9 @@ class WarmLab(warm_shared.Lab):
         self.forget()
         self.reload()
 
-    def start_up(self, kind):
-        """Processor seconds of a process that reads once."""
+    def measure_start_up(self, kind, block, depth):
+        """Processor seconds of a process that reads once: it clears the memory of all its reads first."""
+        self.block, self.depth = block, depth
         found = []
         for _ in range(3):
             before = warm_shared.processor_seconds()
@@ -69,15 +84,32 @@ class WarmLab(warm_shared.Lab):
         row = self.run(kind, 1, reads)
         return reads / row["reads-per-second"], row["cpu-seconds"]
 
-    def reload(self):
-        for path in (self.base, self.cache, self.qcow2):
+    def paths(self, kind=None):
+        """The image that a kind reads; of no kind, all of them."""
+        files = {"vmcache": self.cache, "qcow2 io_uring": self.qcow2}
+        return [files.get(kind, self.base)] if kind else [self.base, self.cache, self.qcow2]
+
+    def reload(self, kind=None):
+        for path in self.paths(kind):
             self.load(path)
 
-    def forget(self):
-        """Takes the images out of the page cache."""
-        for path in (self.base, self.cache, self.qcow2):
+    def forget(self, kind=None):
+        """Takes images out of the page cache."""
+        for path in self.paths(kind):
             with open(path, "rb") as image:
                 os.posix_fadvise(image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def more_reads(once, seconds):
+    """How many reads more than a pass of `once`, which takes that many seconds, tell what they cost."""
+    passes = max(MORE_PASSES, math.ceil(MORE_SECONDS / seconds))
+    return once * min(passes, max(LEAST_PASSES, math.ceil(LONG_SECONDS / seconds)))
+
+
+def difference(whole, part):
+    """What is left of a time, or None where that may be noise."""
+    left = whole - part
+    return left if left > LEAST_SHARE * whole else None
 
 
 @contextlib.contextmanager
@@ -86,7 +118,6 @@ def reads(lab, settings):
     with lab.scratch() as directory:
         warm = WarmLab(lab, directory, settings["read-mib"])
         warm.prepare()
-        start_up = {kind: warm.start_up(kind) for kind in warm.kinds}
 
         def row(state, kind, count, seconds, spent):
             return {
@@ -109,51 +140,69 @@ def reads(lab, settings):
             return warm.size // step
 
         def cached(kind, block, depth):
+            start_up = warm.start_up(kind, block, depth)
             once = choose(block, depth)
             passes = [warm.spent(kind, once)]
             for _ in range(1, min(math.ceil(PASS_SECONDS / passes[0][0]), MOST_PASSES)):
                 passes.append(warm.spent(kind, once))
-            seconds, spent = (sum(column) for column in zip(*passes))
             number = len(passes)
-            yield row(FIRST, kind, once * number, seconds, spent - start_up[kind] * number)
-            # Two passes at least, so that the one that is taken off is a small part.
-            more = max(int(settings["reads-seconds"] * once * number / seconds), 2 * once)
+            seconds, spent = (sum(column) for column in zip(*passes))
+            yield row(FIRST, kind, once * number, seconds, spent - start_up * number)
+            more = more_reads(once, seconds / number)
             all_seconds, all_spent = warm.spent(kind, once + more)
-            left = all_seconds - seconds / number
-            # On a machine that does much else, more reads can take less time than fewer, which says nothing.
-            if left > 0:
+            left = difference(all_seconds, seconds / number)
+            if left is not None:
                 yield row(REPEATED, kind, more, left, all_spent - spent / number)
 
         def direct(block, depth):
             """What passes the page cache by, has no first reads."""
-            count = choose(block, depth)
+            start_up = warm.start_up(DIRECT, block, depth)
+            count = min(choose(block, depth), DIRECT_BYTES // block)
             seconds, spent = warm.spent(DIRECT, count)
-            yield row(REPEATED, DIRECT, count, seconds, spent - start_up[DIRECT])
+            yield row(REPEATED, DIRECT, count, seconds, spent - start_up)
 
         def empty(kind, depth):
+            start_up = warm.start_up(kind, warm_shared.BLOCK, depth)
             count = min(EMPTY_READS, choose(warm_shared.BLOCK, depth))
-            warm.forget()
+            warm.forget(kind)
             seconds, spent = warm.spent(kind, count)
-            yield row(EMPTY, kind, count, seconds, spent - start_up[kind])
-            warm.reload()
+            yield row(EMPTY, kind, count, seconds, spent - start_up)
+            # Read by single blocks, the page cache has it in small pieces.
+            warm.forget(kind)
+            warm.reload(kind)
+
+        def seconds_of(kind, block):
+            """About how long a cell of reads takes."""
+            reads_per_second = SLOW_READS if kind == "raw threads" else READS
+            one = max(warm.size / max(block, warm_shared.BLOCK) / reads_per_second, warm.size / BANDWIDTH)
+            return 0.3 + max(one, PASS_SECONDS) + one + one * more_reads(1, one)
 
         cells = []
-        buffered = [kind for kind in warm.kinds if kind != DIRECT]
-        for block in settings["block-sizes"]:
-            for depth in settings["depths"]:
-                for kind in buffered:
+        judged = ("vmcache", "raw io_uring", "raw threads", FLOOR)
+        for block, depths in settings["reads"].items():
+            for depth in depths:
+                for kind in (kind for kind in warm.kinds if kind != DIRECT):
+                    decides = kind in judged[: 4 if block == warm_shared.BLOCK else 2] and depth in DEPTHS
+                    decides = decides and block in (warm_shared.BLOCK, MIB)
+                    # Threads are slow at small blocks: only where they decide.
+                    slow = block <= warm_shared.BLOCK and (kind == "raw threads" or block < warm_shared.BLOCK)
+                    if not decides and (not settings["reads-beside"] or (slow and kind not in judged[:2])):
+                        continue
                     text = f"{kind}, {block} B, depth {depth}"
-                    seconds = settings["reads-seconds"] + 0.5
-                    cells.append(Cell(text, seconds, lambda point=(kind, block, depth): cached(*point)))
+                    call = functools.partial(cached, kind, block, depth)
+                    cells.append(Cell(text, seconds_of(kind, block), call, 99 if decides else 1))
         for block in settings["direct-block-sizes"]:
-            for depth in settings["depths"]:
+            for depth in DEPTHS:
                 text = f"{DIRECT}, {block} B, depth {depth}"
-                cells.append(Cell(text, 1, lambda point=(block, depth): direct(*point)))
-        for depth in settings["depths"][:: len(settings["depths"]) - 1]:
+                cells.append(Cell(text, 1, functools.partial(direct, block, depth), rounds=1))
+        for depth in DEPTHS:
             # The floor is none for data that has to come from the disk.
-            for kind in (kind for kind in warm.kinds if kind != FLOOR):
+            kinds = [kind for kind in warm.kinds if kind not in (FLOOR, DIRECT)]
+            for kind in kinds if settings["reads-beside"] else ("vmcache", "raw threads"):
                 text = f"{kind}, empty page cache, depth {depth}"
-                cells.append(Cell(text, 2, lambda point=(kind, depth): empty(*point)))
+                seconds = 0.5 + warm.size / DISK_BANDWIDTH
+                call = functools.partial(empty, kind, depth)
+                cells.append(Cell(text, seconds, call, 99 if kind in ("vmcache", "raw threads") else 1))
         yield cells
 
 
@@ -206,7 +255,7 @@ def opening(lab, settings):
             yield row
 
         yield [
-            Cell(f"{kind}, {gib} GiB", 0.5, lambda point=(kind, gib): measure(*point))
+            Cell(f"{kind}, {gib} GiB", 0.3, lambda point=(kind, gib): measure(*point))
             for gib in settings["open-sizes-gib"]
             for kind in images[gib]
         ]

@@ -19,6 +19,7 @@ import bench
 import bench_lab
 import bench_plot
 import bench_readme
+import bench_reads
 import bench_report
 import replay
 from bench_replay import Cell
@@ -121,6 +122,20 @@ class Competitors(unittest.TestCase):
         with bench_lab.CopyOnRead().open(lab, network, "/d", 0) as machine:
             found = [machine(0, phase).replayed()[1] for phase in bench_lab.CopyOnRead.phases]
         self.assertEqual(found, ["-C", "-r"])
+
+
+class Differences(unittest.TestCase):
+    def test_repeated_reads_are_eight_passes_and_a_second(self):
+        found = [bench_reads.more_reads(100, seconds) for seconds in (0.5, 0.01)]
+        self.assertEqual(found, [800, 10_000])
+
+    def test_slow_passes_are_fewer(self):
+        found = [bench_reads.more_reads(100, seconds) for seconds in (2.0, 9.0)]
+        self.assertEqual(found, [300, 200])
+
+    def test_a_tenth_of_a_time_may_be_noise(self):
+        found = [bench_reads.difference(10, part) for part in (11, 9, 8)]
+        self.assertEqual(found, [None, None, 2])
 
 
 class Rounds(unittest.TestCase):
