@@ -124,7 +124,7 @@ def memory(lab, settings):
     yield [
         Cell(
             f"{count} idle qemu-system, {kind}",
-            8 + 2 * count,
+            6 + 1.2 * count,
             lambda one=(kind, count): machines(*one),
             settings["memory-rounds"] if count == 1 else 1,
         )
@@ -166,7 +166,7 @@ def queue(lab, settings):
             }
 
         yield [
-            Cell(f"{options}, depth {depth}", 1, lambda point=(options, depth): read(*point))
+            Cell(f"{options}, depth {depth}", size / (1 << 30), lambda point=(options, depth): read(*point))
             for depth in QUEUE_DEPTHS
             for options in QUEUES
         ]

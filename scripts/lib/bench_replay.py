@@ -33,15 +33,16 @@ def guess(lab, network, machines, crossing):
 
 
 def cell(lab, network, competitor, machines, nodes, boot_seconds=0.0, rounds=99, **more):
-    # Where many machines leave time for one round, what is quick is repeated in it.
-    repeats = 3 if rounds == 1 and not boot_seconds else 1
+    # Where many machines leave time for few rounds, what is quick is repeated in them.
+    repeats = 3 if rounds <= 2 and not boot_seconds else 1
 
     def call():
         for row in measure(lab, network, competitor, machines, nodes, boot_seconds, repeats):
             yield {**row, **more}
 
     fetching = any(phase not in STORED for phase in competitor.phases) and not isinstance(competitor, Local)
-    seconds = guess(lab, network, machines, machines if fetching else 0) + boot_seconds * len(competitor.phases)
+    crossing = machines if isinstance(competitor, Plain) else nodes
+    seconds = guess(lab, network, machines, crossing if fetching else 0) + boot_seconds * len(competitor.phases)
     machine = "machine" if machines == 1 else "machines"
     return Cell(f"{competitor.title}, {machines} {machine}, {network.name} link", seconds, call, rounds)
 
@@ -50,29 +51,30 @@ def cell(lab, network, competitor, machines, nodes, boot_seconds=0.0, rounds=99,
 def nodes(lab, settings):
     """One base, many nodes, one machine on each."""
     cells = []
-    most = settings["rounds-with-machines"]
+    judged, beside = settings["rounds-judged"], settings["rounds-beside"]
     for count in settings["counts"]:
         for network in lab.networks.values():
             if network.name == "unshaped" and count not in settings["unshaped-counts"]:
                 continue
-            everybody = [
-                Local(),
-                Plain(),
-                CopyOnRead(),
-                CopyOnRead(128 << 10, extended=True),
-                Nbdkit(),
-                Vmcache(),
-                Chained(),
-            ]
-            if count > settings["most-nbdkit-nodes"]:
-                everybody = [one for one in everybody if not isinstance(one, Nbdkit)]
+            deciding = [Local(), Plain(), Vmcache()]
+            others = [CopyOnRead(128 << 10, extended=True), Chained()]
+            if count <= settings["most-copy-on-read-nodes"]:
+                others.append(CopyOnRead())
+            if count <= settings["most-nbdkit-nodes"]:
+                others.append(Nbdkit())
             if count <= settings["most-copy-nodes"]:
-                everybody.append(FullCopy())
-            cells += [cell(lab, network, one, count, count, rounds=most.get(count, 99)) for one in everybody]
+                others.append(FullCopy())
+            if network.name == "unshaped":
+                # It has no target.
+                others = others if count <= settings["most-nbdkit-nodes"] else []
+                cells += [cell(lab, network, one, count, count, rounds=1) for one in deciding + others]
+                continue
+            cells += [cell(lab, network, one, count, count, rounds=judged.get(count, 99)) for one in deciding]
+            cells += [cell(lab, network, one, count, count, rounds=beside.get(count, 99)) for one in others]
     for count in settings["warm-counts"]:
         network = lab.networks["shaped"]
         for one in (Local(), Plain(), Vmcache(phases=("warm",))):
-            cells.append(cell(lab, network, one, count, count, rounds=most.get(count, 99)))
+            cells.append(cell(lab, network, one, count, count, rounds=2))
     for count in settings["boot-counts"]:
         network = lab.networks["shaped"]
         for one in (Local(), Plain(), Vmcache()):
@@ -87,9 +89,11 @@ def together(lab, settings):
     cells = []
     for count in settings["together"]:
         rounds = settings["together-rounds"].get(count, 99)
-        for one in (Local(), Plain(), Nbdkit(), Vmcache()):
-            cells.append(cell(lab, network, one, count, 1, rounds=rounds))
-        cells.append(cell(lab, network, CopyOnRead(128 << 10, extended=True), count, count, rounds=rounds))
+        cells += [cell(lab, network, one, count, 1, rounds=rounds) for one in (Local(), Plain(), Nbdkit())]
+        # What is judged has all rounds.
+        cells.append(cell(lab, network, Vmcache(), count, 1))
+        if count <= settings["most-together-copies"]:
+            cells.append(cell(lab, network, CopyOnRead(128 << 10, extended=True), count, count, rounds=rounds))
     yield cells
 
 
@@ -157,12 +161,19 @@ def bases(lab, settings):
                 yield {**row, "competitor": title, "bases": number, "disk-milliseconds": DISK_MILLISECONDS}
 
     def one_cell(one, number, count):
-        seconds = 5 + guess(lab, shaped, count, 0 if isinstance(one, Local) else count)
+        seconds = 1 + 0.02 * number + guess(lab, shaped, count, 0 if isinstance(one, Local) else count)
         if not isinstance(one, (Local, Chained)):
             seconds = max(seconds, number * len(lab.reads) * (DISK_MILLISECONDS + 0.3) / 1000)
         text = f"{one.title}, {number} bases on a slow disk, {count} nodes"
         return Cell(text, seconds, lambda: crossing(one, number, count), rounds=1)
 
     count = settings["bases-nodes"]
-    everybody = (Local(), Plain(), CopyOnRead(128 << 10, extended=True), Vmcache(), Chained())
-    yield [one_cell(one, number, count) for number in settings["bases"] for one in everybody]
+    # Copy-on-read reads as plain overlays do the first time, and without a base afterwards.
+    everybody = (Local(), Plain(), Vmcache(), Chained())
+    yield [
+        one_cell(one, number, count)
+        for number in settings["bases"]
+        for one in everybody
+        # With one base for all it is what `nodes` has: its chain's first image is in memory.
+        if number > 1 or not isinstance(one, Chained)
+    ]
