@@ -6,6 +6,7 @@ Used by: bench --readme. Takes the results.json of a run, whichever experiments 
 """
 
 import json
+import re
 import statistics
 import sys
 
@@ -13,12 +14,30 @@ import bench_plot
 import bench_report
 
 FIGURES = ("starts", "warm")
+# The release that the targets name.
+QEMU = "10.0"
 
 
 def markdown(heading, rows):
     """A table; all columns but the first to the right."""
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def kind(results):
+    """What run the figures are of, before anything else: its commit, and what makes it less than a full one."""
+    settings, run = results["settings"], results["experiment-seconds"]
+    expected = [name for name in bench_report.TABLES if name != "guests" or not settings["quick"]]
+    words = ["a quick run"] if settings["quick"] else []
+    if not results["complete"]:
+        words.append("a run that was stopped")
+    if any(name not in run for name in expected):
+        words.append(f"a partial run ({', '.join(run)})")
+    qemu = results["machine"]["programs"].get("qemu-io", "")
+    if not re.search(rf"version {re.escape(QEMU)}(\D|$)", qemu):
+        words.append(f"not with QEMU {QEMU}, which the targets are for")
+    text = f"Commit {results['commit'] or 'unknown'}"
+    return f"{text}: {', '.join(words)}." if words else f"{text}."
 
 
 def machine(results):
@@ -36,6 +55,14 @@ def machine(results):
     return f"{', '.join(words)}; {of['date'][:10]}, load {load:.2f} at the start, medians of up to {rounds} rounds."
 
 
+def spread(seconds):
+    """The median, with the least and the greatest where there are several."""
+    if not seconds:
+        return ""
+    middle, least, greatest = map(bench_report.seconds, (statistics.median(seconds), min(seconds), max(seconds)))
+    return f"{middle} ({least}–{greatest})" if len(seconds) > 1 else middle
+
+
 def nodes(rows):
     """The slowest of all nodes, and what crossed the link, on the slow link."""
     mine = [
@@ -50,8 +77,7 @@ def nodes(rows):
     for name in dict.fromkeys(row["competitor"] for row in mine):
         line = [name]
         for count in counts:
-            middle = bench_report.median(mine, "last-seconds", competitor=name, nodes=count)
-            line.append("" if middle is None else bench_report.seconds(middle))
+            line.append(spread([row["last-seconds"] for row in mine if (row["competitor"], row["nodes"]) == (name, count)]))
         moved = bench_report.median(mine, "link-bytes", competitor=name, nodes=counts[-1])
         lines.append([*line, "" if moved is None else bench_report.megabytes(moved)])
     return [markdown(heading, lines)]
@@ -107,7 +133,7 @@ def targets(results):
 def text(results):
     """All of it."""
     rows = results["measurements"]
-    parts = [machine(results), *nodes(rows), *guests(rows), *reads(rows), *targets(results)]
+    parts = [f"{kind(results)} {machine(results)}", *nodes(rows), *guests(rows), *reads(rows), *targets(results)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -121,6 +121,7 @@ class Reader:
         for thread in self.threads:
             thread.join()
         self.process.stdout.read()
+        self.process.stdout.close()
         if self.process.wait() != 0 or self.seconds is None:
             raise SystemExit("a qemu-io failed: " + "; ".join(self.problems[:3]))
 

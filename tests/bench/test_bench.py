@@ -78,6 +78,37 @@ def queue_row(populate, peak, dropped=0, depth=4):
     }
 
 
+class UnusedLab:
+    """Enough of a lab to ask an experiment for its cells."""
+
+    def __init__(self):
+        self.networks = {name: unittest.mock.Mock(bases=["base"]) for name in ("shaped", "unshaped")}
+        for name, network in self.networks.items():
+            network.name = name
+        self.reads = replay.read_trace(f"{CHECKOUT}/tests/data/debian12-boot.csv")
+        self.guest = {"image": __file__}
+        self.image = self.programs = self.directory = self.floor = "unused"
+        self.preload = lambda *command: [*command]
+        self.on = lambda *_: self
+        self.scratch = tempfile.TemporaryDirectory
+
+
+def estimate(settings, names):
+    """Seconds of all rounds of the experiments, by what their cells say."""
+    found = 0
+    with (
+        unittest.mock.patch("bench_reads.WarmLab.prepare"),
+        unittest.mock.patch("bench_lab.run"),
+        unittest.mock.patch("os.urandom", return_value=b""),
+    ):
+        for name in names:
+            with bench.EXPERIMENTS[name](UnusedLab(), settings) as cells:
+                cells = list(cells)
+            rounds = range(1, settings["rounds"] + 1)
+            found += sum(cell.seconds for number in rounds for cell in bench.order(cells, number))
+    return found
+
+
 def verdicts(rows, *more, quick=False):
     """By target, of a run of the experiments that the rows are of, and more."""
     run = dict.fromkeys([*(row["experiment"] for row in rows), *more])
@@ -151,6 +182,11 @@ class Rounds(unittest.TestCase):
 
     def test_both_forms_have_the_same_settings(self):
         self.assertEqual(set(bench.QUICK), set(bench.FULL))
+
+    def test_both_forms_keep_to_their_time_by_their_own_estimates(self):
+        quick = [name for name in bench.EXPERIMENTS if name != "guests"]
+        self.assertLess(estimate(bench.QUICK, quick), 4.5 * 60)
+        self.assertLess(estimate(bench.FULL, bench.EXPERIMENTS), 33 * 60)
 
 
 class Statistics(unittest.TestCase):
@@ -270,6 +306,29 @@ class Results(unittest.TestCase):
         named = [target["target"] for target in RUN["targets"]]
         named += {row["competitor"] for row in RUN["measurements"] if row["experiment"] in ("nodes", "guests", "reads")}
         self.assertEqual([name for name in named if name not in text], [])
+
+    def test_the_readme_begins_with_what_run_it_is_of(self):
+        full = {**RUN, "commit": "abc", "settings": {"quick": False, "rounds": 3}}
+        machine = {**RUN["machine"], "programs": {"qemu-io": "qemu-io version 10.2.1"}}
+        runs = [
+            full,
+            {**full, "settings": RUN["settings"]},
+            {**full, "experiment-seconds": {"nodes": 1, "open": 1}},
+            {**full, "complete": False},
+            {**full, "machine": machine},
+        ]
+        self.assertEqual([bench_readme.kind(run) for run in runs], [
+            "Commit abc.",
+            "Commit abc: a quick run.",
+            "Commit abc: a partial run (nodes, open).",
+            "Commit abc: a run that was stopped.",
+            "Commit abc: not with QEMU 10.0, which the targets are for.",
+        ])
+        self.assertTrue(bench_readme.text(full).startswith("Commit abc. "))
+
+    def test_times_of_several_rounds_have_their_spread(self):
+        found = [bench_readme.spread(seconds) for seconds in ([], [1.5], [1, 4, 2])]
+        self.assertEqual(found, ["", "1.50", "2.00 (1.00–4.00)"])
 
     def test_the_targets_of_a_run_are_those_of_its_measurements(self):
         self.assertEqual(bench_report.targets(RUN), RUN["targets"])
