@@ -50,6 +50,7 @@ pub use self::buffer::Buffer;
 use self::buffer::Room;
 use self::core::Core;
 use keeper::Keeper;
+use plan::CHECK_MAX;
 pub use plan::{FETCH_MAX, Fetch, Part, Plan, Presence, Step, Ticket};
 use pool::Pool;
 use populate::Populator;
@@ -202,6 +203,10 @@ impl Engine {
 
     /// Looks at what is around a check that was sound, in another thread, before it is read.
     pub fn look_ahead(&self, check: &Check) {
+        if check.data().1 as u64 >= CHECK_MAX {
+            // A large read, which comes to what is around it itself, at once.
+            return;
+        }
         let (first, last) = check.clusters();
         self.ahead.look(first, &self.pool);
         if last != first {
