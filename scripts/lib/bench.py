@@ -150,7 +150,8 @@ def machine():
         "cpu": cpu.get("model name", platform.machine()),
         "cores": os.cpu_count(),
         "memory-bytes": memory,
-        "kernel": platform.release(),
+        # The version; what follows names a build, which is nobody else's.
+        "kernel": platform.release().split("-")[0],
         "system": os_release.get("PRETTY_NAME", ""),
         "programs": {name: version for name, version in programs.items() if version},
         "load-at-start": os.getloadavg(),
