@@ -1,8 +1,10 @@
-//! Looking ahead: when a read has met cached data that this open had not seen yet, the rest of that
-//! cluster is held against its checksums in another thread, so that the reads that follow find it
-//! seen. Only what the page cache has is looked at, up to the first that it lacks (which the kernel
-//! then begins to read, 64 KiB at the most), and nothing waits for it. What does not fit its
-//! checksum is left to the read that comes to it (`verify`).
+//! Looking ahead: when a cluster is read piece by piece, the rest of it is held against its checksums
+//! in another thread, so that the reads that follow find it seen. That takes a processor about as
+//! long as the readers would take for it, so it is for what is going to be read; after one read of a
+//! cluster, a boot does not come back often enough to be worth it. Only what the page cache has is
+//! looked at, up to the first that it lacks (which the kernel then begins to read, 64 KiB at the
+//! most), and nothing waits for it. What does not fit its checksum is left to the read that comes to
+//! it (`verify`).
 //!
 //! ```text
 //! Idle     -> Queued    look(), which hands a job to the pool
@@ -24,10 +26,15 @@ use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::core::Core;
 use super::pool::Pool;
+use super::verify::Check;
 use crate::format::{Checksum, HostOffset, SUBCLUSTERS};
 
 /// Clusters that wait to be looked at, at the most; more are left to their readers.
 const MOST_WAITING: usize = 256;
+/// A cluster is read piece by piece when so many times as many of its subclusters are seen as a read
+/// has just found unseen. In the recorded boot of the tests 57 clusters are; 721 are read in part at
+/// first, most of them for good.
+const PIECES: u64 = 4;
 /// Bytes read at once, or one subcluster: they stay in the processor's cache.
 const PIECE: usize = 64 << 10;
 
@@ -61,8 +68,14 @@ impl Ahead {
         Arc::new(Ahead { core, state: Mutex::default(), ended: Condvar::new() })
     }
 
-    /// Looks at a cluster soon, unless there is too much to look at.
-    pub fn look(self: &Arc<Self>, cluster: u64, pool: &Pool) {
+    /// After a check that was sound: looks at the rest of its cluster soon if that is read piece by
+    /// piece, unless there is too much to look at.
+    pub fn look(self: &Arc<Self>, check: &Check, pool: &Pool) {
+        let cluster = check.first / u64::from(SUBCLUSTERS);
+        let seen = self.core.seen.mask(cluster);
+        if seen == u32::MAX || u64::from(seen.count_ones()) < PIECES * check.count {
+            return;
+        }
         let mut state = self.state.lock();
         let is_known = state.clusters.back() == Some(&cluster);
         if state.phase == Phase::Stopped || is_known || state.clusters.len() >= MOST_WAITING {

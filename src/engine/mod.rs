@@ -50,7 +50,6 @@ pub use self::buffer::Buffer;
 use self::buffer::Room;
 use self::core::Core;
 use keeper::Keeper;
-use plan::CHECK_MAX;
 pub use plan::{FETCH_MAX, Fetch, Part, Plan, Presence, Step, Ticket};
 use pool::Pool;
 use populate::Populator;
@@ -201,17 +200,10 @@ impl Engine {
         self.populator.push(fetch, data);
     }
 
-    /// Looks at what is around a check that was sound, in another thread, before it is read.
-    pub fn look_ahead(&self, check: &Check) {
-        if check.data().1 as u64 >= CHECK_MAX {
-            // A large read, which comes to what is around it itself, at once.
-            return;
-        }
-        let (first, last) = check.clusters();
-        self.ahead.look(first, &self.pool);
-        if last != first {
-            self.ahead.look(last, &self.pool);
-        }
+    /// Notes that a check of data that the page cache had was sound: what is around it may be looked
+    /// at in another thread before it is read.
+    pub fn note_sound(&self, check: &Check) {
+        self.ahead.look(check, &self.pool);
     }
 
     /// Takes the base's bytes for a check that was not sound, the whole of [`Check::range`], to be

@@ -70,6 +70,12 @@ impl Pool {
         self.shared.came.notify_one();
         true
     }
+
+    /// The threads there are.
+    #[cfg(test)]
+    pub fn threads(&self) -> usize {
+        self.shared.state.lock().threads
+    }
 }
 
 impl Drop for Pool {

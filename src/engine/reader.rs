@@ -143,7 +143,7 @@ impl<B: Base> Reader<B> {
         match data {
             Ok((true, data)) => {
                 counters.hit_bytes.add(len);
-                self.engine.look_ahead(&check);
+                self.engine.note_sound(&check);
                 buf.copy_from_slice(data.get(from..from + buf.len()).unwrap_or_default());
                 Ok(())
             }

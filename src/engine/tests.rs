@@ -405,7 +405,7 @@ fn what_was_not_looked_at_since_the_open_is_no_hit() {
 }
 
 /// Opens an image again that holds a cluster of ones, with one byte of its sixth subcluster flipped, and
-/// reads the first; waits until the rest was looked at.
+/// reads the first four one by one; waits until the rest was looked at.
 fn looked_ahead(path: &Path) -> (Arc<Engine>, u32) {
     drop(filled(path, 64 * KIB));
     let engine = Arc::new(Engine::open(path, &Options::default()).unwrap());
@@ -417,7 +417,9 @@ fn looked_ahead(path: &Path) -> (Arc<Engine>, u32) {
     )
     .unwrap();
     let reader = Reader::new(Arc::clone(&engine), |_: &mut [u8], _: u64| panic!("a base read"));
-    reader.read(&mut [0; 512], 0).unwrap();
+    for subcluster in 0..4 {
+        reader.read(&mut [0; 512], subcluster * 2 * KIB).unwrap();
+    }
     let started = Instant::now();
     while engine.core.seen.mask(0).count_ones() < 31 && started.elapsed() < HANG {
         std::thread::yield_now();
@@ -427,10 +429,22 @@ fn looked_ahead(path: &Path) -> (Arc<Engine>, u32) {
 }
 
 #[test]
-fn what_is_sound_around_a_first_look_is_seen_before_it_is_read() {
+fn what_is_sound_in_a_cluster_read_piece_by_piece_is_seen_before_it_is_read() {
     let (_dir, path) = new_image(None);
     let (_engine, seen) = looked_ahead(&path);
     assert_eq!(seen, !(1 << 5));
+}
+
+#[test]
+fn a_few_reads_of_a_cluster_do_not_pay_for_the_rest_of_it() {
+    let (_dir, path) = new_image(None);
+    drop(filled(&path, 64 * KIB));
+    let engine = Arc::new(Engine::open(&path, &Options::default()).unwrap());
+    let reader = Reader::new(Arc::clone(&engine), |_: &mut [u8], _: u64| panic!("a base read"));
+    for (start, len) in [(0, 2), (2, 2), (8, 2), (16, 8), (40, 16)] {
+        reader.read(&mut vec![0; len * KIB as usize], start * KIB).unwrap();
+        assert_eq!(engine.pool.threads(), 0, "after {len} KiB at {start} KiB");
+    }
 }
 
 #[test]

@@ -140,12 +140,6 @@ impl Check {
         (at, ((windows.end - windows.start) * WINDOW) as usize * Checksum::SIZE)
     }
 
-    /// The first and the last cluster that its subclusters lie in.
-    pub(super) fn clusters(&self) -> (u64, u64) {
-        let each = u64::from(SUBCLUSTERS);
-        (self.first / each, (self.first + self.count - 1) / each)
-    }
-
     /// The windows that its subclusters lie in.
     fn windows(&self) -> std::ops::Range<u64> {
         self.first / WINDOW..(self.first + self.count).div_ceil(WINDOW)

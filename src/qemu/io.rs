@@ -333,8 +333,7 @@ impl Request<'_> {
                 counters.hit_bytes.add(part.len);
                 self.vector.fill(part, data.get(wanted).unwrap_or_default());
                 if !self.waited.get() {
-                    // What is around it is likely to be in the page cache too.
-                    self.node.engine().look_ahead(&check);
+                    self.node.engine().note_sound(&check);
                 }
                 return Ok(());
             }
