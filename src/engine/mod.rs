@@ -31,6 +31,7 @@ mod populate;
 mod publish;
 mod reader;
 mod signals;
+mod started;
 mod status;
 mod verify;
 mod wait;
@@ -56,6 +57,7 @@ use populate::Populator;
 pub use publish::publish;
 pub use reader::{Base, Reader, WAIT_LIMIT};
 use signals::NoFileSizeSignal;
+use started::Started;
 pub use status::{
     COUNTERS, CheckReport, Counts, ImageState, ProcessStats, Status, check, check_observed,
 };
@@ -97,7 +99,8 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct Engine {
     core: Arc<Core>,
-    pool: Pool,
+    pool: Arc<Pool>,
+    started: Arc<Started>,
     ahead: Arc<Ahead>,
     room: Arc<Room>,
     populator: Populator,
@@ -111,8 +114,10 @@ impl Engine {
     pub fn open(path: &Path, options: &Options) -> Result<Self> {
         let _writes = NoFileSizeSignal::new();
         let core = Arc::new(join::join(path, options)?);
+        let pool = Arc::<Pool>::default();
         Ok(Engine {
-            pool: Pool::default(),
+            started: Started::new(Arc::clone(&pool)),
+            pool,
             ahead: Ahead::new(Arc::clone(&core)),
             room: Room::new(options.queue_bytes),
             populator: Populator::new(Arc::clone(&core)),
@@ -243,6 +248,13 @@ impl Engine {
     #[must_use = "where no thread can be had the caller has to do it"]
     pub fn run_blocking(&self, job: impl FnOnce() + Send + 'static) -> bool {
         self.pool.run(Box::new(job))
+    }
+
+    /// Waits in another thread for a read that was begun, by a job that takes what it read; the same
+    /// otherwise.
+    #[must_use = "where no thread can be had the caller has to do it"]
+    pub fn run_started(&self, job: impl FnOnce() + Send + 'static) -> bool {
+        self.started.push(Box::new(job))
     }
 
     /// Notes that the image file could not be read: from now on the base answers. Others go on,

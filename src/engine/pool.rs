@@ -88,10 +88,7 @@ impl Drop for Pool {
 impl Shared {
     fn work(&self) {
         while let Some(job) = self.next() {
-            // A job that panics costs its request, not the thread that others count on.
-            if panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
-                log::error!("a job panicked");
-            }
+            run_caught(job);
         }
     }
 
@@ -111,6 +108,13 @@ impl Shared {
         state.idle -= 1;
         state.threads -= usize::from(job.is_none());
         job
+    }
+}
+
+/// Runs a job: one that panics costs its request, not the thread that others count on.
+pub fn run_caught(job: Job) {
+    if panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
+        log::error!("a job panicked");
     }
 }
 

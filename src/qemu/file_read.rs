@@ -58,6 +58,11 @@ impl Rest {
         rest
     }
 
+    /// Bytes that are left.
+    pub(super) fn len(&self) -> usize {
+        len(&self.iov)
+    }
+
     /// Reads all of it, waiting for the disk.
     ///
     /// # Safety

@@ -28,6 +28,9 @@ use super::symbols::{BdrvChild, BlockDriverState, Coroutine, QEMUIOVector};
 use crate::engine::{Buffer, Check, Fetch, Part, Step, Ticket, WAIT_LIMIT};
 use crate::format::{ByteRange, HostOffset};
 
+/// Bytes of a read that may wait for others in the thread that takes what the disk was asked for.
+const STARTED_MAX: usize = 128 << 10;
+
 /// Reads a range of an open node into a vector, from wherever its parts are.
 ///
 /// # Safety
@@ -398,35 +401,44 @@ impl Request<'_> {
     /// As for [`read`]; the memory must be good for writing until this returns.
     unsafe fn read_image(&self, iov: &[iovec], at: HostOffset) -> Result<(), Errno> {
         let fd = self.node.engine().image().file().as_raw_fd();
-        let mut read = 0;
+        let mut read = None;
         if self.node.may_read_now() {
             // SAFETY: as promised by the caller.
             match unsafe { file_read::read_now(fd, iov, at.0) } {
                 Ok(bytes) if bytes == file_read::len(iov) => return Ok(()),
-                Ok(bytes) => read = bytes,
+                Ok(bytes) => read = Some(bytes),
                 Err(libc::EOPNOTSUPP) => self.node.set_no_read_now(),
                 Err(errno) => return Err(errno),
             }
         }
+        let rest = Rest::after(read.unwrap_or(0), fd, iov, at.0);
         // SAFETY: the same; the coroutine does not complete before the thread is done.
-        unsafe { self.read_in_thread(Rest::after(read, fd, iov, at.0)) }
+        unsafe { self.read_in_thread(rest, read.is_some()) }
     }
 
+    /// Reads what is left, which the disk may be at already.
+    ///
     /// # Safety
     /// As for [`read`], `rest` being memory of this request.
-    unsafe fn read_in_thread(&self, mut rest: Rest) -> Result<(), Errno> {
+    unsafe fn read_in_thread(&self, mut rest: Rest, is_begun: bool) -> Result<(), Errno> {
         self.waited.set(true);
         // What stands if the thread does not get to say otherwise.
         let result = Arc::new(AtomicI32::new(libc::ECANCELED));
         let sleep = Sleep::new();
         let waker = sleep.waker();
-        let (mut job, told) = (rest.clone(), Arc::clone(&result));
-        let runs = self.node.engine().run_blocking(move || {
+        let (mut job, told, len) = (rest.clone(), Arc::clone(&result), rest.len());
+        let job = move || {
             // SAFETY: the request, and with it its memory, waits until the waker is dropped.
             let read = unsafe { job.read_all() };
             told.store(read.err().unwrap_or(0), Ordering::Relaxed);
             drop(waker);
-        });
+        };
+        let engine = self.node.engine();
+        // What takes long to copy has a thread of its own too.
+        let runs = match is_begun && len <= STARTED_MAX {
+            true => engine.run_started(job),
+            false => engine.run_blocking(job),
+        };
         if !runs {
             // SAFETY: as promised by the caller. It blocks, where no thread can be had at all.
             return unsafe { rest.read_all() };
