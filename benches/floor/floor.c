@@ -7,9 +7,10 @@
  * compiles it against the headers of the QEMU it runs in; nothing of QEMU is
  * linked. In a program that is not QEMU it does nothing.
  *
- * Open it with driver=floor,filename=PATH. What the page cache does not have is
- * read by a blocking preadv in the same place: no worker thread, so it is a floor
- * for cached data alone. Read-only; one extent; no checks of any kind.
+ * Open it with driver=floor,filename=PATH,offset=BYTES,size=BYTES: the disk is that
+ * part of the file. What the page cache does not have is read by a blocking preadv
+ * in the same place: no worker thread, so it is a floor for cached data alone.
+ * Read-only; one extent; no checks of any kind.
  */
 #include "qemu/osdep.h"
 #include <dlfcn.h>
@@ -22,31 +23,38 @@
 
 typedef struct {
     int fd;
+    int64_t offset;
     int64_t length;
 } Floor;
+
+static int64_t floor_number(QDict *options, const char *name)
+{
+    const char *text = qdict_get_try_str(options, name);
+    int64_t number = text ? strtoll(text, NULL, 10) : 0;
+
+    qdict_del(options, name);
+    return number;
+}
 
 static int floor_open(BlockDriverState *bs, QDict *options, int flags,
                       Error **errp)
 {
     Floor *s = bs->opaque;
     const char *path = qdict_get_try_str(options, "filename");
-    struct stat st;
 
     if (!path || (flags & BDRV_O_RDWR)) {
         error_setg(errp, "floor takes a filename, for reading only");
         return -EINVAL;
     }
     s->fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (s->fd < 0 || fstat(s->fd, &st) < 0) {
+    if (s->fd < 0) {
         int ret = -errno;
 
         error_setg_errno(errp, -ret, "floor could not open '%s'", path);
-        if (s->fd >= 0) {
-            close(s->fd);
-        }
         return ret;
     }
-    s->length = st.st_size;
+    s->offset = floor_number(options, "offset");
+    s->length = floor_number(options, "size");
     qdict_del(options, "filename");
     return 0;
 }
@@ -70,13 +78,14 @@ static int coroutine_fn floor_co_preadv(BlockDriverState *bs, int64_t offset,
                                         BdrvRequestFlags flags)
 {
     Floor *s = bs->opaque;
-    ssize_t got = preadv2(s->fd, qiov->iov, qiov->niov, offset, RWF_NOWAIT);
+    ssize_t got = preadv2(s->fd, qiov->iov, qiov->niov, s->offset + offset,
+                          RWF_NOWAIT);
 
     if (got == bytes) {
         return 0;
     }
     do {
-        got = preadv(s->fd, qiov->iov, qiov->niov, offset);
+        got = preadv(s->fd, qiov->iov, qiov->niov, s->offset + offset);
     } while (got < 0 && errno == EINTR);
     if (got < 0) {
         return -errno;

@@ -52,13 +52,16 @@ class WarmLab(warm_shared.Lab):
         super().__init__(argparse.Namespace(programs=lab.programs, directory=directory, size=mib, depth=1))
         self.floor = lab.floor
         self.qcow2 = f"{directory}/base.qcow2.full"
-        self.kinds[FLOOR] = ["--image-opts", f"driver=floor,filename={bench_lab.value(self.base)}"]
-        self.kinds["qcow2 io_uring"] = ["-f", "qcow2", "-i", "io_uring", self.qcow2]
-        self.kinds[DIRECT] = ["-f", "raw", "-t", "none", "-i", "native", self.base]
         self.start_up = functools.cache(self.measure_start_up)
 
     def environment(self, kind):
         return {**os.environ, "LD_PRELOAD": self.floor} if kind == FLOOR else super().environment(kind)
+
+    def find_kinds(self):
+        super().find_kinds()
+        self.kinds[FLOOR] = ["--image-opts", f"driver=floor,filename={self.file},{self.part}"]
+        self.kinds["qcow2 io_uring"] = ["-f", "qcow2", "-i", "io_uring", self.qcow2]
+        self.kinds[DIRECT] = ["-t", "none", *self.kinds["raw threads"][:-1], "native"]
 
     def prepare(self):
         self.fill()
@@ -86,8 +89,8 @@ class WarmLab(warm_shared.Lab):
 
     def paths(self, kind=None):
         """The image that a kind reads; of no kind, all of them."""
-        files = {"vmcache": self.cache, "qcow2 io_uring": self.qcow2}
-        return [files.get(kind, self.base)] if kind else [self.base, self.cache, self.qcow2]
+        files = {"qcow2 io_uring": self.qcow2}
+        return [files.get(kind, self.cache)] if kind else [self.cache, self.qcow2]
 
     def reload(self, kind=None):
         for path in self.paths(kind):
