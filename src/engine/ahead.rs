@@ -31,6 +31,8 @@ use crate::format::{Checksum, HostOffset, SUBCLUSTERS};
 
 /// Clusters that wait to be looked at, at the most; more are left to their readers.
 const MOST_WAITING: usize = 256;
+/// Clusters looked at together, at the least: waking a thread costs as much as looking at one.
+const AT_ONCE: usize = 8;
 /// A cluster is read piece by piece when so many times as many of its subclusters are seen as a read
 /// has just found unseen. In the recorded boot of the tests 57 clusters are; 721 are read in part at
 /// first, most of them for good.
@@ -82,7 +84,7 @@ impl Ahead {
             return;
         }
         state.clusters.push_back(cluster);
-        if state.phase != Phase::Idle {
+        if state.phase != Phase::Idle || state.clusters.len() < AT_ONCE {
             return;
         }
         state.phase = Phase::Queued;

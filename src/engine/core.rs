@@ -166,7 +166,12 @@ impl Core {
 
     /// This open's slot.
     pub fn slot(&self) -> Option<&Slot> {
-        Some(self.live()?.slot(self.owner()?.slot()))
+        self.slot_of(self.live()?)
+    }
+
+    /// This open's slot in its live state.
+    pub fn slot_of<'a>(&self, live: &'a LiveFile) -> Option<&'a Slot> {
+        Some(live.slot(self.owner()?.slot()))
     }
 
     /// This open's counters.

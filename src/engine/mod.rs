@@ -162,11 +162,11 @@ impl Engine {
         self.core.is_off()
     }
 
-    /// Where the bytes of a read within the disk lie in the image file, where they are all in one
+    /// Begins a read within the disk. Where its bytes lie in the image file, where they are all in one
     /// place and need no look at their checksums any more; otherwise see [`Engine::plan`], which
     /// this spares most reads of a warm cache.
-    pub fn hit(&self, range: ByteRange) -> Option<HostOffset> {
-        plan::hit(&self.core, range)
+    pub fn begin(&self, range: ByteRange) -> Option<HostOffset> {
+        plan::begin(&self.core, range)
     }
 
     /// Plans a read of a range within the disk. Claims what nobody has and nobody is fetching.

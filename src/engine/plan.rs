@@ -135,11 +135,24 @@ pub fn plan(core: &Arc<Core>, range: ByteRange) -> Plan {
     planner.plan
 }
 
-/// Where the bytes of a read lie in the image file, where they are data of one cluster that was seen
-/// to be sound: what a warm cache is asked for most. `None`: see [`plan`].
-pub fn hit(core: &Core, range: ByteRange) -> Option<HostOffset> {
+/// Counts a read. Where its bytes lie in the image file, where they are data of one cluster that was
+/// seen to be sound: what a warm cache is asked for most. `None`: see [`plan`].
+pub fn begin(core: &Core, range: ByteRange) -> Option<HostOffset> {
+    let live = core.active();
+    // Looked for once: each look asks which thread this is.
+    let slot = live.and_then(|live| core.slot_of(live));
+    let counters = slot.map_or_else(|| core.counters(), |slot| &slot.counters);
+    counters.reads.add(1);
+    let host = hit(core, live?, range)?;
+    if let Some(slot) = slot {
+        slot.clear_stalled();
+    }
+    counters.hit_bytes.add(range.len);
+    Some(host)
+}
+
+fn hit(core: &Core, live: &LiveFile, range: ByteRange) -> Option<HostOffset> {
     let geometry = core.image.geometry();
-    let live = core.active()?;
     let cluster = geometry.cluster_of(GuestOffset(range.start));
     let cluster_start = bytes_end(geometry, cluster, 0);
     if range.end() - cluster_start > geometry.cluster_size() {
@@ -153,10 +166,6 @@ pub fn hit(core: &Core, range: ByteRange) -> Option<HostOffset> {
     }
     // After the bits, which say that there is one.
     let host = entry.host().filter(|host| core.image.layout().is_data_cluster(*host))?;
-    if let Some(slot) = core.slot() {
-        slot.clear_stalled();
-    }
-    core.counters().hit_bytes.add(range.len);
     Some(HostOffset(host.0 + (range.start - cluster_start)))
 }
 

@@ -50,8 +50,7 @@ impl<B: Base> Reader<B> {
     /// Fills the buffer from a guest offset on; the range must lie within the disk. Fails only
     /// where the base does.
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.engine.counters().reads.add(1);
-        if let Some(host) = self.engine.hit(ByteRange { start: offset, len: buf.len() as u64 }) {
+        if let Some(host) = self.engine.begin(ByteRange { start: offset, len: buf.len() as u64 }) {
             return self.read_hit(buf, offset, host);
         }
         let mut to_plan = vec![(buf, offset)];

@@ -367,7 +367,7 @@ fn place_out_of_range_in_the_map_is_read_from_the_base() {
     live.entry(1).unwrap().restore(L2Entry { host: Some(HostOffset(u64::MAX)), bits }, bits);
     engine.core.seen.add(1, 1);
     let plan = engine.plan(ByteRange { start: 64 * KIB, len: 512 });
-    let hit = engine.hit(ByteRange { start: 64 * KIB, len: 512 });
+    let hit = engine.begin(ByteRange { start: 64 * KIB, len: 512 });
     let shown = engine.status_of(ByteRange { start: 64 * KIB, len: 512 });
     assert!(matches!(plan[0].step, Step::Base));
     assert_eq!(hit, None);
@@ -392,7 +392,7 @@ fn hits_are_where_the_plan_finds_them_within_a_cluster() {
         let range = ByteRange { start, len };
         let in_one_cluster = start / (64 * KIB) == (start + len - 1) / (64 * KIB);
         let planned = planned_hit(&engine, range).filter(|_| in_one_cluster);
-        assert_eq!(engine.hit(range), planned, "{range:?}");
+        assert_eq!(engine.begin(range), planned, "{range:?}");
     }
 }
 
@@ -401,13 +401,13 @@ fn what_was_not_looked_at_since_the_open_is_no_hit() {
     let (_dir, path) = new_image(None);
     drop(filled(&path, 64 * KIB));
     let engine = Engine::open(&path, &Options::default()).unwrap();
-    assert_eq!(engine.hit(ByteRange { start: 0, len: 512 }), None);
+    assert_eq!(engine.begin(ByteRange { start: 0, len: 512 }), None);
 }
 
-/// Opens an image again that holds a cluster of ones, with one byte of its sixth subcluster flipped, and
-/// reads the first four one by one; waits until the rest was looked at.
+/// Opens an image again that holds clusters of ones, with one byte of its sixth subcluster flipped, and
+/// reads the first four of each cluster one by one; waits until the rest of the first was looked at.
 fn looked_ahead(path: &Path) -> (Arc<Engine>, u32) {
-    drop(filled(path, 64 * KIB));
+    drop(filled(path, 8 * 64 * KIB));
     let engine = Arc::new(Engine::open(path, &Options::default()).unwrap());
     let host = engine.core.live().unwrap().entry(0).unwrap().host().unwrap();
     std::os::unix::fs::FileExt::write_at(
@@ -417,8 +417,9 @@ fn looked_ahead(path: &Path) -> (Arc<Engine>, u32) {
     )
     .unwrap();
     let reader = Reader::new(Arc::clone(&engine), |_: &mut [u8], _: u64| panic!("a base read"));
-    for subcluster in 0..4 {
-        reader.read(&mut [0; 512], subcluster * 2 * KIB).unwrap();
+    for piece in 0..8 * 4 {
+        let (cluster, subcluster) = (piece / 4, piece % 4);
+        reader.read(&mut [0; 512], cluster * 64 * KIB + subcluster * 2 * KIB).unwrap();
     }
     let started = Instant::now();
     while engine.core.seen.mask(0).count_ones() < 31 && started.elapsed() < HANG {

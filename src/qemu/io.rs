@@ -43,7 +43,6 @@ pub(super) unsafe fn read(
     qiov: *mut QEMUIOVector,
     qiov_offset: usize,
 ) -> Result<(), Errno> {
-    node.engine().counters().reads.add(1);
     // SAFETY: an open node in a coroutine with the graph locked (caller).
     unsafe { node.watch_base(bs) };
     // SAFETY: a vector of QEMU's (caller).
@@ -51,7 +50,7 @@ pub(super) unsafe fn read(
     let request = Request { node, bs, vector, waited: Cell::new(false) };
     // SAFETY: as promised by the caller.
     unsafe {
-        match node.engine().hit(range) {
+        match node.engine().begin(range) {
             Some(host) => request.hit(range, host),
             None => request.read(range),
         }
@@ -96,6 +95,15 @@ impl Vector {
                 start: range.start,
             }
         }
+    }
+
+    /// The memory of the request, where it is one element that has just its bytes.
+    fn as_one(&self, part: ByteRange) -> Option<&[iovec]> {
+        // SAFETY: as in `slice`.
+        let all = unsafe { std::slice::from_raw_parts(self.iov, self.count) };
+        let is_whole = |one: &iovec| self.skip == 0 && one.iov_len as u64 == part.len;
+        (all.len() == 1 && part.start == self.start && all.first().is_some_and(is_whole))
+            .then_some(all)
     }
 
     /// The memory for a part of the request.
@@ -300,7 +308,13 @@ impl Request<'_> {
     /// As for [`read`].
     unsafe fn hit(&self, part: ByteRange, host: HostOffset) -> Result<(), Errno> {
         // SAFETY: guest memory that QEMU gave for this request, until it completes.
-        match unsafe { self.read_image(&self.vector.slice(part), host) } {
+        let read = unsafe {
+            match self.vector.as_one(part) {
+                Some(memory) => self.read_image(memory, host),
+                None => self.read_image(&self.vector.slice(part), host),
+            }
+        };
+        match read {
             Ok(()) => Ok(()),
             Err(errno) => {
                 self.note_failed_read(errno);
