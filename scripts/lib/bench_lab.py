@@ -458,6 +458,7 @@ def measure(lab, network, competitor, machines, nodes, boot_seconds=0.0, repeats
                 "last-seconds": seconds[-1] + took,
                 "copy-seconds": took,
                 "cpu-seconds": spent,
+                "processors": len(os.sched_getaffinity(0)),
                 "link-bytes": network.received() - received,
                 "server-bytes": network.sent() - sent,
                 "distinct-bytes": lab.distinct,
