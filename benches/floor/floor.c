@@ -46,6 +46,12 @@ static int floor_open(BlockDriverState *bs, QDict *options, int flags,
         error_setg(errp, "floor takes a filename, for reading only");
         return -EINVAL;
     }
+    s->offset = floor_number(options, "offset");
+    s->length = floor_number(options, "size");
+    if (s->length <= 0) {
+        error_setg(errp, "floor needs the size of the disk in bytes");
+        return -EINVAL;
+    }
     s->fd = open(path, O_RDONLY | O_CLOEXEC);
     if (s->fd < 0) {
         int ret = -errno;
@@ -53,8 +59,6 @@ static int floor_open(BlockDriverState *bs, QDict *options, int flags,
         error_setg_errno(errp, -ret, "floor could not open '%s'", path);
         return ret;
     }
-    s->offset = floor_number(options, "offset");
-    s->length = floor_number(options, "size");
     qdict_del(options, "filename");
     return 0;
 }

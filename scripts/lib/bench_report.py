@@ -327,8 +327,9 @@ def replays(rows, fewest):
     many = [row["nodes"] for row in rows if row["competitor"] == "vmcache warm" and row["nodes"] > 1]
     most = max(many, default=MANY_NODES)
     one, last = (of("last-seconds", "vmcache warm", count) for count in (1, most))
-    # What the processors must cost: what the other nodes' replays take of them, and, which is less, by
-    # how much as many readers of a local raw file take longer than one.
+    # What the processors must cost: what the other nodes' replays take of them. That allows more where
+    # vmcache itself takes more; so the same with what it cannot change, by how much as many readers of
+    # a local raw file take longer than one.
     spent, processors = (of(key, "vmcache warm", 1) for key in ("cpu-seconds", "processors"))
     local_one, local = (of("last-seconds", "local raw file", count) for count in (1, most))
     costs = {

@@ -72,6 +72,9 @@ class Lab:
         with open(self.base, "wb") as base:
             for _ in range(self.size >> 20):
                 base.write(os.urandom(1 << 20))
+            # Nothing is to be written back while something is measured.
+            base.flush()
+            os.fsync(base.fileno())
         subprocess.run([self.vmcache, "create", "-q", "-b", self.base, "-F", "raw", self.cache], check=True)
         copy = self.base + ".copy"
         # What the populate queue had no room for is read again.

@@ -1,7 +1,8 @@
 //! Looking ahead: when a cluster is read piece by piece, the rest of it is held against its checksums
 //! in another thread, so that the reads that follow find it seen. That takes a processor about as
-//! long as the readers would take for it, so it is for what is going to be read; after one read of a
-//! cluster, a boot does not come back often enough to be worth it. Only what the page cache has is
+//! long as the readers would take for it, so it is for what is going to be read, and not at once: after
+//! one read of a cluster a boot does not come back often enough to be worth it, and who reads a cluster
+//! in order is at its end before another thread has begun. Only what the page cache has is
 //! looked at, up to the first that it lacks (which the kernel then begins to read, 64 KiB at the
 //! most), and nothing waits for it. What does not fit its checksum is left to the read that comes to
 //! it (`verify`).
@@ -34,8 +35,8 @@ const MOST_WAITING: usize = 256;
 /// Clusters looked at together, at the least: waking a thread costs as much as looking at one.
 const AT_ONCE: usize = 8;
 /// A cluster is read piece by piece when so many times as many of its subclusters are seen as a read
-/// has just found unseen. In the recorded boot of the tests 57 clusters are; 721 are read in part at
-/// first, most of them for good.
+/// has just found unseen. In the recorded boot of the tests 57 clusters are at the most; 721 are read in
+/// part at first, most of them for good.
 const PIECES: u64 = 4;
 /// Bytes read at once, or one subcluster: they stay in the processor's cache.
 const PIECE: usize = 64 << 10;
@@ -71,15 +72,18 @@ impl Ahead {
     }
 
     /// After a check that was sound: looks at the rest of its cluster soon if that is read piece by
-    /// piece, unless there is too much to look at.
+    /// piece and not in order, unless there is too much to look at.
     pub fn look(self: &Arc<Self>, check: &Check, pool: &Pool) {
         let cluster = check.first / u64::from(SUBCLUSTERS);
         let seen = self.core.seen.mask(cluster);
-        if seen == u32::MAX || u64::from(seen.count_ones()) < PIECES * check.count {
+        let is_in_order = seen.trailing_ones() == seen.count_ones();
+        if is_in_order || u64::from(seen.count_ones()) < PIECES * check.count {
             return;
         }
         let mut state = self.state.lock();
-        let is_known = state.clusters.back() == Some(&cluster);
+        // Most clusters that wait more than once do so in a row, or among the few before a job.
+        let is_known = state.clusters.back() == Some(&cluster)
+            || (state.clusters.len() < AT_ONCE && state.clusters.contains(&cluster));
         if state.phase == Phase::Stopped || is_known || state.clusters.len() >= MOST_WAITING {
             return;
         }

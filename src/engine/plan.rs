@@ -20,7 +20,7 @@ use crate::live::{LiveFile, MapEntry};
 pub const FETCH_MAX: u64 = 2 << 20;
 /// Bytes checked in one piece at the most, or one subcluster: what is read, looked at and copied
 /// stays in the processor's cache meanwhile.
-pub const CHECK_MAX: u64 = 64 << 10;
+const CHECK_MAX: u64 = 64 << 10;
 
 /// How often a claim is broken and tried for before the base is read without one: others may be
 /// faster once or twice, and only a live file that somebody tampers with goes on like that.

@@ -2,7 +2,7 @@
 //! room in the live file. They are started when there is work for one more, up to a limit, and end
 //! when there was none for a while, so an idle disk costs no thread.
 //!
-//! Used by `Engine`.
+//! Used by `Engine` and what it hands the pool to.
 
 use std::collections::VecDeque;
 use std::panic::{self, AssertUnwindSafe};
@@ -13,7 +13,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 /// As many requests as QEMU's own thread pool would have under way at once.
-const MOST_THREADS: usize = 64;
+pub const MOST_THREADS: usize = 64;
 const IDLE: Duration = Duration::from_secs(10);
 const STACK: usize = 128 << 10;
 
@@ -21,9 +21,16 @@ const STACK: usize = 128 << 10;
 pub type Job = Box<dyn FnOnce() + Send>;
 
 /// An elastic pool of threads. What is queued when it is dropped is still done.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
+    most_threads: usize,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Pool { shared: Arc::default(), most_threads: MOST_THREADS }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -57,7 +64,7 @@ impl Pool {
     /// Runs a job soon, in another thread; `false`, and the job dropped, where none can be had.
     pub fn run(&self, job: Job) -> bool {
         let mut state = self.shared.state.lock();
-        if state.queue.len() >= state.idle && state.threads < MOST_THREADS {
+        if state.queue.len() >= state.idle && state.threads < self.most_threads {
             let shared = Arc::clone(&self.shared);
             let started = spawn("vmcache-io", STACK, move || shared.work());
             state.threads += usize::from(started);
@@ -69,6 +76,12 @@ impl Pool {
         drop(state);
         self.shared.came.notify_one();
         true
+    }
+
+    /// A pool of so many threads at the most.
+    #[cfg(test)]
+    pub fn of(most_threads: usize) -> Self {
+        Pool { shared: Arc::default(), most_threads }
     }
 
     /// The threads there are.

@@ -8,40 +8,43 @@
 //! push()    no server: hands serve() to the pool; else leaves the job to those there are, and sees
 //!           to it that somebody watches
 //! serve()   takes jobs until there is none
-//! watch()   each time that a moment went by in which no job was taken though there is one, the
-//!           servers are stuck in reads that take long: one more. Ends when there was nothing to
-//!           watch for a while
+//! watch()   looks every moment. A job that has waited longer than that is behind reads that take
+//!           long, or its server has no thread: the watcher becomes one more server, and hands the
+//!           watch to the pool. Ends when there was nothing to watch for a while
 //! ```
 //!
 //! Linux begins to read what a try lacks since 5.9; before that each job is the pool's.
 //!
-//! All of it under one lock, which is not held while a job runs. A job that is queued always has a
-//! server.
+//! All of it under one lock, which is not held while a job runs. Where there is a job there is a
+//! server, if only one that the pool has no thread for yet: the watcher, which may have the last one,
+//! then is that server. Servers leave half of the pool's threads to others.
 //!
 //! Used by `Engine`.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::system::uname;
 
-use super::pool::{Job, Pool, run_caught};
+use super::pool::{Job, MOST_THREADS, Pool, run_caught};
 
-/// How long a job may stay behind others that take long before it gets a thread of its own.
+/// How long a job may wait behind others before there is one more server; they come one by one, one
+/// each moment.
 const MOMENT: Duration = Duration::from_millis(2);
 /// Moments without a job after which nobody watches any more.
 const LAST_LOOKS: u32 = 16;
+/// Servers at the most.
+const MOST_SERVERS: usize = MOST_THREADS / 2;
 
 #[derive(Default)]
 struct State {
-    jobs: VecDeque<Job>,
-    /// Calls of `serve` that were handed to the pool and have not ended.
+    /// Since when each waits.
+    jobs: VecDeque<(Instant, Job)>,
+    /// Calls of `serve` that run or were handed to the pool.
     servers: usize,
-    /// Jobs taken so far.
-    taken: u64,
     is_watched: bool,
 }
 
@@ -73,22 +76,21 @@ impl Started {
         }
         let mut state = self.state.lock();
         if state.servers == 0 {
-            if !self.add_server(&mut state) {
+            let started = Arc::clone(self);
+            if !self.pool.run(Box::new(move || started.serve())) {
                 return false;
             }
+            state.servers = 1;
         } else if !state.is_watched {
-            let started = Arc::clone(self);
-            state.is_watched = self.pool.run(Box::new(move || started.watch()));
+            self.hand_on_watch(&mut state);
         }
-        state.jobs.push_back(job);
+        state.jobs.push_back((Instant::now(), job));
         true
     }
 
-    fn add_server(self: &Arc<Self>, state: &mut State) -> bool {
+    fn hand_on_watch(self: &Arc<Self>, state: &mut State) {
         let started = Arc::clone(self);
-        let runs = self.pool.run(Box::new(move || started.serve()));
-        state.servers += usize::from(runs);
-        runs
+        state.is_watched = self.pool.run(Box::new(move || started.watch()));
     }
 
     fn serve(&self) {
@@ -100,29 +102,29 @@ impl Started {
     /// The next job; `None`, and a server less, where there is none.
     fn next(&self) -> Option<Job> {
         let mut state = self.state.lock();
-        let job = state.jobs.pop_front();
-        match &job {
-            Some(_) => state.taken += 1,
+        let next = state.jobs.pop_front();
+        if next.is_none() {
             // Under the same lock: whoever pushes from now on does not count on this one.
-            None => state.servers -= 1,
+            state.servers -= 1;
         }
-        job
+        next.map(|(_, job)| job)
     }
 
     fn watch(self: Arc<Self>) {
-        let (mut taken, mut looks) = (0, 0);
-        loop {
+        let mut looks = 0;
+        while looks < LAST_LOOKS {
             thread::sleep(MOMENT);
             let mut state = self.state.lock();
-            looks = if state.jobs.is_empty() { looks + 1 } else { 0 };
-            if looks > LAST_LOOKS {
+            let waited = state.jobs.front().map(|(since, _)| since.elapsed());
+            looks = if waited.is_none() { looks + 1 } else { 0 };
+            if looks == LAST_LOOKS {
                 state.is_watched = false;
-                return;
+            } else if waited > Some(MOMENT) && state.servers < MOST_SERVERS {
+                state.servers += 1;
+                self.hand_on_watch(&mut state);
+                drop(state);
+                return self.serve();
             }
-            if looks == 0 && state.taken == taken {
-                self.add_server(&mut state);
-            }
-            taken = state.taken;
         }
     }
 }
@@ -190,14 +192,58 @@ mod tests {
         let started = started();
         let (open, gate) = mpsc::channel::<()>();
         started.push(Box::new(move || gate.recv_timeout(HANG).unwrap()));
-        // Longer than anybody watches.
-        thread::sleep(MOMENT * LAST_LOOKS * 4);
+        for _ in 0..2 {
+            let (done, came) = mpsc::channel();
+
+            started.push(Box::new(move || done.send(()).unwrap()));
+
+            came.recv_timeout(HANG).expect("it is held up");
+            // Longer than anybody watches.
+            thread::sleep(MOMENT * LAST_LOOKS * 4);
+        }
+        open.send(()).unwrap();
+    }
+
+    #[test]
+    fn one_thread_is_enough() {
+        let started = Started::new(Arc::new(Pool::of(1)));
+        let (done, came) = mpsc::channel();
+        // Now and then the watcher has the only thread when a job comes.
+        for round in 0..50 {
+            for _ in 0..3 {
+                let done = done.clone();
+                assert!(started.push(Box::new(move || done.send(()).unwrap())));
+            }
+            for _ in 0..3 {
+                came.recv_timeout(HANG).expect("a job is not done");
+            }
+            thread::sleep(MOMENT * (round % 4));
+        }
+    }
+
+    #[test]
+    fn stuck_jobs_leave_threads_to_others() {
+        let pool = Arc::<Pool>::default();
+        let started = Started::new(Arc::clone(&pool));
+        let (open, gate) = mpsc::channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        for _ in 0..2 * MOST_THREADS {
+            let gate = Arc::clone(&gate);
+            started.push(Box::new(move || _ = gate.lock().recv().unwrap_err()));
+        }
+        let began = Instant::now();
+        while started.state.lock().servers < MOST_SERVERS {
+            assert!(began.elapsed() < HANG, "{started:?}");
+            thread::yield_now();
+        }
+        thread::sleep(MOMENT * 8);
         let (done, came) = mpsc::channel();
 
-        started.push(Box::new(move || done.send(()).unwrap()));
+        pool.run(Box::new(move || done.send(()).unwrap()));
 
-        came.recv_timeout(HANG).expect("it is held up");
-        open.send(()).unwrap();
+        came.recv_timeout(HANG).expect("it has no thread");
+        assert_eq!(started.state.lock().servers, MOST_SERVERS);
+        drop(open);
     }
 
     #[test]

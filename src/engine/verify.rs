@@ -18,7 +18,7 @@
 //! much of that, the base is most likely another one than the cache was made from, though nothing
 //! else showed it (see `image::identity`), and the cache is given up.
 //!
-//! Used by `plan`, `populate` and `Engine`.
+//! Used by `plan`, `ahead`, `populate` and `Engine`.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
