@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -151,5 +152,15 @@ pub fn start(
     if blocked && let Err(err) = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None) {
         log::warn!("could not restore the signal mask: {err}");
     }
-    started.map_err(|err| log::warn!("could not start thread {name}: {err}")).ok()
+    started.map_err(|err| complain(name, &err)).ok()
+}
+
+/// Says that a thread could not be had: once, since the next try follows with the next read.
+fn complain(name: &str, err: &std::io::Error) {
+    static COMPLAINED: AtomicBool = AtomicBool::new(false);
+    let level = match COMPLAINED.swap(true, Ordering::Relaxed) {
+        false => log::Level::Warn,
+        true => log::Level::Debug,
+    };
+    log::log!(level, "could not start thread {name}: {err}");
 }
