@@ -8,7 +8,7 @@
 //! it (`verify`).
 //!
 //! ```text
-//! Idle     -> Queued    look(), which hands a job to the pool
+//! Idle     -> Queued    look(), which hands a job to the pool when enough clusters wait
 //! Queued   -> Running   the job, when it starts
 //! Running  -> Idle      the job, when there is no cluster left, also where it panics
 //! any      -> Stopped   stop(), which waits for a job that runs; nothing is looked at any more

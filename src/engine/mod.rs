@@ -250,8 +250,8 @@ impl Engine {
         self.pool.run(Box::new(job))
     }
 
-    /// Waits in another thread for a read that was begun, by a job that takes what it read; the same
-    /// otherwise.
+    /// Runs a job that waits for a read which was begun already, in a thread that it shares with others
+    /// of the kind; `false`, and it is dropped, where no thread can be had.
     #[must_use = "where no thread can be had the caller has to do it"]
     pub fn run_started(&self, job: impl FnOnce() + Send + 'static) -> bool {
         self.started.push(Box::new(job))

@@ -99,7 +99,7 @@ impl Vector {
 
     /// The memory of the request, where it is one element that has just its bytes.
     fn as_one(&self, part: ByteRange) -> Option<&[iovec]> {
-        // SAFETY: as in `slice`.
+        // SAFETY: QEMU's array of `count` elements, alive and unchanged during the request.
         let all = unsafe { std::slice::from_raw_parts(self.iov, self.count) };
         let is_whole = |one: &iovec| self.skip == 0 && one.iov_len as u64 == part.len;
         (all.len() == 1 && part.start == self.start && all.first().is_some_and(is_whole))
